@@ -1,0 +1,352 @@
+"""Deterministic generator of small grade-school word problems with written, step-by-step answers.
+
+A problem is a question, an answer whose every step is one equation ("He buys 5: 12 + 5 = 17."), and a key. The key
+names the family and every number of the problem but not its names, objects or wording; a hash of the key puts it in the
+training or the held-out split. So no held-out combination of numbers is ever trained on, in any wording.
+
+Two properties of the answers matter for measuring decoders:
+
+* steps depend on each other: the result of one is an operand of a later one, so an answer committed out of order, or
+  several dependent tokens at once, goes wrong in a way that exact match sees;
+* every number in an answer is preceded by a space, so the tokenizer gives each value one token in one form.
+"""
+
+import hashlib
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+MAX_VALUE = 60  # every number that occurs, given or computed, is between 1 and this
+MAX_START = 30  # what somebody has at first
+MAX_CHANGE = 12  # what one event adds or takes away
+HELD_OUT_ONE_IN = 20
+
+NAMES = [
+    ("Tom", "he"), ("Ben", "he"), ("Sam", "he"), ("Max", "he"), ("Leo", "he"), ("Jack", "he"), ("Paul", "he"),
+    ("Adam", "he"), ("Noah", "he"), ("Omar", "he"), ("Ana", "she"), ("Mia", "she"), ("Zoe", "she"), ("Eva", "she"),
+    ("Lily", "she"), ("Emma", "she"), ("Sara", "she"), ("Nina", "she"), ("Julia", "she"), ("Rosa", "she"),
+]  # fmt: skip
+ITEMS = [
+    "apples", "coins", "cards", "shells", "toys", "eggs", "balls", "stones", "books", "pens", "oranges", "cookies",
+    "stickers", "marbles", "pencils", "flowers", "stamps", "candies", "beads", "buttons",
+]  # fmt: skip
+GOODS = ["pens", "books", "toys", "cakes", "hats", "cards", "mugs", "balls", "kites", "bags", "lamps", "shirts"]
+CONTAINERS = ["boxes", "bags", "baskets", "jars", "trays"]
+GAIN = ["buys", "finds", "gets", "wins", "makes"]
+LOSE = ["loses", "sells", "uses"]
+WORK = [("reads", "pages"), ("solves", "puzzles"), ("writes", "letters"), ("paints", "pictures"), ("bakes", "cakes")]
+TIMES = {2: "twice", 3: "three times"}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One word problem; `key` identifies its numbers and operations, whatever its wording."""
+
+    question: str
+    answer: str
+    key: str
+    family: str
+
+
+class Chain:
+    """Builds an answer step by step and keeps the numbers in range; `ok` turns false when a step leaves it."""
+
+    def __init__(self) -> None:
+        self.steps: list[str] = []
+        self.key: list[str] = []
+        self.ok = True
+
+    def step(self, lead: str, left: int, op: str, right: int) -> int:
+        """Appends "lead left op right = result." and returns the result."""
+        result = {"+": left + right, "-": left - right, "*": left * right, "/": left // max(right, 1)}[op]
+        exact = op != "/" or (right > 0 and left % right == 0)
+        self.ok = self.ok and exact and 1 <= result <= MAX_VALUE
+        self.steps.append(f"{lead} {left} {op} {right} = {result}.")
+        self.key.append(f"{left}{op}{right}")
+        return result
+
+    def answer(self, value: int) -> str:
+        return " ".join([*self.steps, f"#### {value}"])
+
+
+def _people(rng: random.Random, count: int) -> list[tuple[str, str, str]]:
+    """`count` different people as (name, pronoun, capitalised pronoun)."""
+    return [(name, pronoun, pronoun.capitalize()) for name, pronoun in rng.sample(NAMES, count)]
+
+
+def _then(rng: random.Random, pronoun: str) -> str:
+    """A subject for the next event, sometimes with a time word."""
+    return rng.choice([pronoun.capitalize(), pronoun.capitalize(), f"Then {pronoun}", f"Later {pronoun}"])
+
+
+def inventory(rng: random.Random) -> tuple[str, Chain, int]:
+    """One person's things: bought, lost, doubled, halved, in the order told."""
+    (name, pronoun, _), (other, _, _) = _people(rng, 2)
+    item = rng.choice(ITEMS)
+    value = rng.randint(2, MAX_START)
+    chain = Chain()
+    told = [rng.choice([f"{name} has {value} {item}.", f"{name} starts with {value} {item}."])]
+    for index in range(rng.choice([2, 3, 3, 4, 4, 5])):
+        subject, lead = _then(rng, pronoun), name if index == 0 else pronoun.capitalize()
+        kind = rng.random()
+        if kind < 0.08 and value <= MAX_VALUE // 2:
+            told.append(f"{subject} doubles the number of {item}.")
+            value = chain.step(f"{lead} doubles:", value, "*", 2)
+        elif kind < 0.16 and value % 2 == 0:
+            told.append(f"{subject} gives half of them to {other}.")
+            value = chain.step(f"{lead} gives half:", value, "/", 2)
+        elif (kind < 0.6 and value < MAX_VALUE - MAX_CHANGE) or value < 5:
+            amount, verb = rng.randint(2, MAX_CHANGE), rng.choice(GAIN)
+            told.append(f"{subject} {verb} {amount} {rng.choice(['more', 'more', item, f'more {item}'])}.")
+            value = chain.step(f"{lead} {verb} {amount}:", value, "+", amount)
+        else:
+            amount = rng.randint(2, min(MAX_CHANGE, value - 1))
+            if rng.random() < 0.3:
+                verb = "gives"
+                told.append(f"{subject} gives {amount}{rng.choice(['', ' ' + item])} to {other}.")
+            else:
+                verb = rng.choice(LOSE)
+                told.append(f"{subject} {verb} {amount}{rng.choice(['', ' of them', ' ' + item])}.")
+            value = chain.step(f"{lead} {verb} {amount}:", value, "-", amount)
+    ask = [
+        f"How many {item} does {name} have now?",
+        f"How many {item} does {pronoun} have left?",
+        f"How many {item} does {name} have in the end?",
+    ]
+    return " ".join([*told, rng.choice(ask)]), chain, value
+
+
+def compare(rng: random.Random) -> tuple[str, Chain, int]:
+    """Two to four people, each described relative to the one before; the last, a difference or the total is asked."""
+    people = _people(rng, rng.choice([3, 3, 4]))
+    item = rng.choice(ITEMS)
+    held = [rng.randint(3, 20)]
+    chain = Chain()
+    told = [f"{people[0][0]} has {held[0]} {item}."]
+    for (name, _, _), (before, _, _) in zip(people[1:], people, strict=False):
+        value, kind, short = held[-1], rng.random(), rng.random() < 0.5
+        noun = "" if short else f" {item}"
+        if kind < 0.35:
+            amount = rng.randint(2, MAX_CHANGE)
+            told.append(f"{name} has {amount} more{noun} than {before}.")
+            held.append(chain.step(f"{name} has", value, "+", amount))
+        elif kind < 0.7:
+            amount = rng.randint(1, min(MAX_CHANGE, max(1, value - 1)))
+            told.append(f"{name} has {amount} fewer{noun} than {before}.")
+            held.append(chain.step(f"{name} has", value, "-", amount))
+        elif kind < 0.9:
+            times = rng.choice([2, 2, 3])
+            told.append(f"{name} has {TIMES[times]} as many{noun} as {before}.")
+            held.append(chain.step(f"{name} has", value, "*", times))
+        else:
+            told.append(f"{name} has half as many{noun} as {before}.")
+            held.append(chain.step(f"{name} has", value, "/", 2))
+    last = people[-1][0]
+    if rng.random() < 0.6:
+        told.append(rng.choice([f"How many {item} do they have in total?", f"How many {item} do they have together?"]))
+        total = held[0]
+        for value in held[1:]:
+            total = chain.step("Together" if total == held[0] else "Then", total, "+", value)
+        chain.key.append("total")
+        return " ".join(told), chain, total
+    told.append(f"How many {item} does {last} have?")
+    return " ".join(told), chain, held[-1]
+
+
+def shopping(rng: random.Random) -> tuple[str, Chain, int]:
+    """Prices times counts, added up, and taken from a purse."""
+    [(name, pronoun, subject)] = _people(rng, 1)
+    chain, told, costs = Chain(), [], []
+    goods = rng.sample(GOODS, rng.choice([1, 2, 2]))
+    purse = rng.randint(20, MAX_VALUE)
+    asks_left = rng.random() < 0.7
+    if asks_left:
+        told.append(f"{name} has {purse} dollars.")
+    for good in goods:
+        count, price = rng.randint(2, 9), rng.randint(2, 9)
+        who = name if not told else subject
+        told.append(
+            rng.choice(
+                [
+                    f"{who} buys {count} {good} for {price} dollars each.",
+                    f"{who} buys {count} {good} that cost {price} dollars each.",
+                ]
+            )
+        )
+        costs.append(chain.step(f"The {good} cost", count, "*", price))
+    total = costs[0]
+    if len(costs) > 1:
+        total = chain.step("Together", costs[0], "+", costs[1])
+    if not asks_left:
+        told.append(rng.choice([f"How many dollars does {pronoun} spend?", f"How much does {name} pay in total?"]))
+        return " ".join(told), chain, total
+    if rng.random() < 0.3:
+        coupon = rng.randint(2, 9)
+        told.append(f"{subject} has a coupon for {coupon} dollars off.")
+        total = chain.step(f"{subject} pays", total, "-", coupon)
+    told.append(
+        rng.choice([f"How many dollars does {pronoun} have left?", f"How much money does {name} have in the end?"])
+    )
+    return " ".join(told), chain, chain.step(f"{subject} has", purse, "-", total)
+
+
+def boxes(rng: random.Random) -> tuple[str, Chain, int]:
+    """Equal groups filled, changed, and shared out equally."""
+    [(name, pronoun, subject)] = _people(rng, 1)
+    item, container = rng.choice(ITEMS), rng.choice(CONTAINERS)
+    count, each = rng.randint(2, 9), rng.randint(2, 9)
+    chain = Chain()
+    told = [
+        rng.choice(
+            [
+                f"{name} has {count} {container} with {each} {item} in each.",
+                f"{name} fills {count} {container} with {each} {item} each.",
+            ]
+        )
+    ]
+    value = chain.step(f"The {container} hold", count, "*", each)
+    for _ in range(rng.choice([1, 1, 2])):
+        amount = rng.randint(2, MAX_CHANGE)
+        if rng.random() < 0.5:
+            verb = rng.choice(GAIN)
+            told.append(f"{_then(rng, pronoun)} {verb} {amount} more {item}.")
+            value = chain.step(f"{subject} {verb} {amount}:", value, "+", amount)
+        else:
+            verb = rng.choice(LOSE)
+            told.append(f"{_then(rng, pronoun)} {verb} {amount} {item}.")
+            value = chain.step(f"{subject} {verb} {amount}:", value, "-", amount)
+    parts = [part for part in range(2, 10) if value % part == 0 and value // part <= 20]
+    if parts and rng.random() < 0.6:
+        part = rng.choice(parts)
+        told.append(f"{subject} shares them equally among {part} friends. How many {item} does each friend get?")
+        return " ".join(told), chain, chain.step("Each gets", value, "/", part)
+    told.append(f"How many {item} does {name} have now?")
+    return " ".join(told), chain, value
+
+
+def days(rng: random.Random) -> tuple[str, Chain, int]:
+    """Work done at a rate for some days, then at another, towards a goal."""
+    [(name, pronoun, subject)] = _people(rng, 1)
+    verb, unit = rng.choice(WORK)
+    chain, told = Chain(), []
+    rate, time = rng.randint(2, 9), rng.randint(2, 9)
+    told.append(f"{name} {verb} {rate} {unit} a day for {time} days.")
+    total = chain.step(f"{name} {verb}", rate, "*", time)
+    if rng.random() < 0.7:
+        rate, time = rng.randint(2, 9), rng.randint(2, 9)
+        told.append(f"Then {pronoun} {verb} {rate} {unit} a day for {time} days.")
+        more = chain.step(f"Then {pronoun} {verb}", rate, "*", time)
+        total = chain.step("Together", total, "+", more)
+    if rng.random() < 0.5:
+        goal = rng.randint(20, MAX_VALUE)
+        told.append(f"{subject} wants to reach {goal} {unit}. How many {unit} are left?")
+        return " ".join(told), chain, chain.step("Left:", goal, "-", total)
+    told.append(rng.choice([f"How many {unit} is that in total?", f"How many {unit} is that together?"]))
+    return " ".join(told), chain, total
+
+
+def transfer(rng: random.Random) -> tuple[str, Chain, int]:
+    """Two people pass things to each other; both amounts must be followed."""
+    (one, _, _), (two, _, _) = _people(rng, 2)
+    item = rng.choice(ITEMS)
+    held = {one: rng.randint(5, MAX_START), two: rng.randint(5, MAX_START)}
+    chain = Chain()
+    chain.key.append(f"{held[one]},{held[two]}")
+    told = [
+        rng.choice(
+            [
+                f"{one} has {held[one]} {item} and {two} has {held[two]}.",
+                f"{one} has {held[one]} {item}. {two} has {held[two]} {item}.",
+            ]
+        )
+    ]
+    for _ in range(rng.choice([1, 1, 2])):
+        giver, taker = (one, two) if rng.random() < 0.5 else (two, one)
+        amount = rng.randint(2, MAX_CHANGE)
+        told.append(f"{rng.choice(['', 'Then '])}{giver} gives {amount} {item} to {taker}.")
+        held[giver] = chain.step(f"{giver} has", held[giver], "-", amount)
+        held[taker] = chain.step(f"{taker} has", held[taker], "+", amount)
+        chain.key.append(">" if giver == one else "<")
+    who = rng.choice([one, two])
+    kind = rng.random()
+    if kind < 0.5 and held[one] != held[two]:
+        high, low = sorted((one, two), key=held.get, reverse=True)
+        told.append(f"How many more {item} does {high} have than {low}?")
+        return " ".join(told), chain, chain.step("More:", held[high], "-", held[low])
+    chain.key.append("one" if who == one else "two")
+    told.append(f"How many {item} does {who} have now?")
+    return " ".join(told), chain, held[who]
+
+
+def recipe(rng: random.Random) -> tuple[str, Chain, int]:
+    """Bare arithmetic in words or signs, worked out from left to right."""
+    value = rng.randint(2, MAX_START)
+    chain, signs = Chain(), rng.random() < 0.5
+    told = [f"{value}"] if signs else [f"Start with {value}."]
+    for index in range(rng.choice([1, 2, 3, 4])):
+        lead, kind = "So" if index == 0 else "Then", rng.random()
+        if not signs and kind < 0.15:
+            times = rng.choice([2, 2, 3])
+            told.append("Double it." if times == 2 else "Triple it.")
+            value = chain.step(lead, value, "*", times)
+        elif not signs and kind < 0.25:
+            told.append("Halve it.")
+            value = chain.step(lead, value, "/", 2)
+        else:
+            op, amount = rng.choice("+-"), rng.randint(1, MAX_CHANGE)
+            told.append(f"{op} {amount}" if signs else f"{'Add' if op == '+' else 'Subtract'} {amount}.")
+            value = chain.step(lead, value, op, amount)
+    text = " ".join(told)
+    question = f"What is {text}?" if signs else f"{text} What do you get?"
+    return question, chain, value
+
+
+FAMILIES = {
+    "inventory": (inventory, 0.34),
+    "compare": (compare, 0.18),
+    "shopping": (shopping, 0.12),
+    "boxes": (boxes, 0.11),
+    "days": (days, 0.08),
+    "transfer": (transfer, 0.09),
+    "recipe": (recipe, 0.08),
+}
+
+
+def sample(rng: random.Random) -> Problem:
+    """Draws one problem; draws again while a number is out of range or a division has a remainder."""
+    while True:
+        family = rng.choices(list(FAMILIES), [weight for _, weight in FAMILIES.values()])[0]
+        question, chain, value = FAMILIES[family][0](rng)
+        if chain.ok:
+            return Problem(question, chain.answer(value), f"{family}:{','.join(chain.key)}", family)
+
+
+def split_of(key: str) -> str:
+    """The split of a problem key: "test" for one in `HELD_OUT_ONE_IN`, by hash, "train" for the others."""
+    return "test" if int(hashlib.md5(key.encode()).hexdigest(), 16) % HELD_OUT_ONE_IN == 0 else "train"
+
+
+def stream(seed: int, split: str) -> Iterator[Problem]:
+    """Endless problems of one split; the same seed gives the same problems."""
+    rng = random.Random(seed)
+    while True:
+        problem = sample(rng)
+        if split_of(problem.key) == split:
+            yield problem
+
+
+def held_out(count: int, seed: int = 4242) -> list[Problem]:
+    """`count` test problems with different keys."""
+    found: dict[str, Problem] = {}
+    for problem in stream(seed, "test"):
+        found.setdefault(problem.key, problem)
+        if len(found) == count:
+            return list(found.values())
+    raise AssertionError("unreachable: the stream is endless")
+
+
+def final_answer(text: str) -> str | None:
+    """What follows the last "####", or None when the text has none."""
+    _, mark, tail = text.rpartition("####")
+    words = tail.split()
+    return words[0] if mark and words else None

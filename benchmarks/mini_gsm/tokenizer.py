@@ -1,0 +1,119 @@
+"""Builds mini-llada's tokenizer: a byte-complete BPE in which every whole number up to 100 is one token.
+
+Any text can be encoded, because the 256 byte symbols are all in the vocabulary. Words of the problems (and of a wider
+word list, so that the task can grow without a new tokenizer) are one token with a leading space. The chat template puts
+that space before a user's text, so the first word of a question has the same token as anywhere else; an answer begins
+without a space, so that decoded text needs no trimming.
+
+    python tokenizer.py OUT_FOLDER
+"""
+
+import argparse
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from data import GOODS, ITEMS, NAMES, stream
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+VOCAB_SIZE = 1024
+MAX_NUMBER_TOKEN = 100
+EOS, MASK, BOS, EOT = SPECIAL_TOKENS = ("<|endoftext|>", "<|mdm_mask|>", "<|startoftext|>", "<|eot_id|>")
+# Numbers of up to three digits and words take one leading space with them; signs do too.
+PIECES = r"'s| ?\p{N}{1,3}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# Question and answer of every turn, each closed by <|eot_id|>; the last open answer follows the question's <|eot_id|>.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ message['content'] | trim if message['role'] == 'assistant' else ' ' + message['content'] | trim }}<|eot_id|>"
+    "{% endfor %}"
+)
+MORE_WORDS = """
+Amy Alex Anna Bob Carl Dan David Ella Eric Finn Greg Hana Ivan Jane John Kate Kim Liam Lisa Lucy Maria Mary Mark Nick
+Olga Peter Ruth Tina Victor Will a about after again all also am an and any as at away back because before both but by
+can children class day did do done down each every first for friend from gave give had has have help her him his home
+hour hours I if in into is it its just kept last less let like long make many me mom morning my no none not of off on
+one only or other our out over own pack people put ran read room same saw school second she so some take than that the
+their them then there these they this time to today took two under up us use very was we week weeks went were what when
+where which who why with year yes you your apple ball book box car cat coin dog egg fish girl boy man toy tree water
+give take spent lost sold bought ate found won made collects picks drops breaks eats needs
+"""
+
+
+def _corpus(examples: int) -> Iterator[str]:
+    """Problems as they are trained on, then every number and word often enough that each becomes one token."""
+    for problem in itertools.islice(stream(99, "train"), examples):
+        yield " " + problem.question
+        yield problem.answer
+    for number in range(MAX_NUMBER_TOKEN + 1):
+        yield from [f" {number}"] * 400
+        yield from [f"{number}"] * 300
+    openers = [name for name, _ in NAMES] + ["He", "She", "The", "So"]
+    words = [*MORE_WORDS.split(), *ITEMS, *GOODS]
+    yield from [f" {word}" for word in words] * 20
+    yield from openers * 200
+
+
+def build(vocab_size: int = VOCAB_SIZE, examples: int = 30_000) -> Tokenizer:
+    """Trains the BPE; the same arguments give the same tokenizer."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PIECES), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_corpus(examples), trainer)
+    check(tokenizer, vocab_size)
+    return tokenizer
+
+
+def check(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Raises when the tokenizer lacks what training relies on."""
+    if tokenizer.get_vocab_size() != vocab_size:
+        raise ValueError(f"{tokenizer.get_vocab_size()} tokens, not {vocab_size}: too few words for the merges")
+    singles = [f" {n}" for n in range(MAX_NUMBER_TOKEN + 1)] + [f"{n}" for n in range(MAX_NUMBER_TOKEN + 1)]
+    singles += [f" {word}" for word in [*ITEMS, *GOODS]]
+    singles += [space + name for name, _ in NAMES for space in ("", " ")]
+    split = [text for text in singles if len(tokenizer.encode(text).ids) != 1]
+    if split:
+        raise ValueError(f"not single tokens: {split}")
+    sample = "\t\x00 naïve 日本 🙂\n 12345"
+    if tokenizer.decode(tokenizer.encode(sample).ids, skip_special_tokens=False) != sample:
+        raise ValueError("text does not survive encoding and decoding")
+
+
+def save(tokenizer: Tokenizer, folder: Path) -> None:
+    """Writes tokenizer.json and tokenizer_config.json the way `transformers.AutoTokenizer` reads them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "pad_token": EOS,
+        "mask_token": MASK,
+        "additional_special_tokens": [EOT],
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 2048,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Train the tokenizer and write it in Hugging Face form.")
+    parser.add_argument("folder", type=Path)
+    arguments = parser.parse_args()
+    save(build(), arguments.folder)
+    print(f"wrote {VOCAB_SIZE} tokens to {arguments.folder}")

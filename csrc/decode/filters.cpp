@@ -1,0 +1,67 @@
+#include "decode/filters.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+namespace dllm {
+
+namespace {
+
+constexpr float kFiltered = -std::numeric_limits<float>::infinity();
+
+std::vector<int32_t> ids_by_logit(const float* logits, int64_t vocab) {
+  std::vector<int32_t> ids;
+  for (int64_t i = 0; i < vocab; ++i)
+    if (logits[i] != kFiltered) ids.push_back(int32_t(i));
+  std::stable_sort(ids.begin(), ids.end(), [&](int32_t a, int32_t b) { return logits[a] > logits[b]; });
+  return ids;
+}
+
+void keep_nucleus(float* logits, int64_t vocab, double top_p) {
+  const std::vector<int32_t> ids = ids_by_logit(logits, vocab);
+  if (ids.empty()) return;
+  const double best = logits[ids[0]];
+  double total = 0;
+  for (int32_t i : ids) total += std::exp(logits[i] - best);
+  double before = 0;  // probability of the ids ranked above
+  for (int32_t i : ids) {
+    const double p = std::exp(logits[i] - best) / total;
+    if (before > top_p) logits[i] = kFiltered;
+    before += p;
+  }
+}
+
+void keep_top_k(float* logits, int64_t vocab, int64_t k) {
+  if (k >= vocab) return;
+  std::vector<float> sorted(logits, logits + vocab);
+  std::nth_element(sorted.begin(), sorted.begin() + (k - 1), sorted.end(), std::greater<float>());
+  const float kth = sorted[size_t(k - 1)];
+  for (int64_t i = 0; i < vocab; ++i)
+    if (logits[i] < kth) logits[i] = kFiltered;
+}
+
+}  // namespace
+
+void apply_guidance(float* cond, const float* uncond, int64_t vocab, float scale) {
+  for (int64_t i = 0; i < vocab; ++i) cond[i] = uncond[i] + (scale + 1.0f) * (cond[i] - uncond[i]);
+}
+
+void filter_row(float* logits, int64_t vocab, const GenerationConfig& c, const ops::RowStatsParams& params) {
+  if (params.banned_id >= 0) logits[params.banned_id] = kFiltered;
+  if (params.temperature != 1.0f)
+    for (int64_t i = 0; i < vocab; ++i) logits[i] /= params.temperature;
+  // A NaN would break the orderings below; the statistics pass reports it.
+  for (int64_t i = 0; i < vocab; ++i)
+    if (std::isnan(logits[i])) return;
+  int64_t best = -1;
+  for (int64_t i = 0; i < vocab; ++i)
+    if (i != params.mask_id && (best < 0 || logits[i] > logits[best])) best = i;
+  const float best_logit = logits[best];
+  if (c.top_p) keep_nucleus(logits, vocab, *c.top_p);
+  if (c.top_k) keep_top_k(logits, vocab, *c.top_k);
+  logits[best] = best_logit;
+}
+
+}  // namespace dllm

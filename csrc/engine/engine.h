@@ -1,0 +1,68 @@
+// The engine: a model and the denoising loop. This is the whole C++ API; Python's dllm_ext.Engine adds tokenizers.
+//
+//   dllm::Engine engine("path/to/model", dllm::DType::BF16);
+//   dllm::GenerationConfig config;                       // prefix cache, block 32, threshold 0.9
+//   auto results = engine.generate({prompt_ids}, config);
+//   results[0].token_ids;
+#pragma once
+
+#include <atomic>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "decode/config.h"
+#include "engine/events.h"
+#include "engine/sequence.h"
+#include "model/transformer.h"
+#include "model/weights.h"
+
+namespace dllm {
+
+struct GenerateOptions {
+  bool infill = false;     // prompt positions that hold the mask id are to be filled
+  int64_t batch_size = 8;  // sequences that run at a time; no result depends on it
+  StepCallback on_step;
+  const std::atomic<bool>* interrupt = nullptr;  // polled before every step
+};
+
+class Engine {
+ public:
+  // Loads a checkpoint folder (config.json and safetensors).
+  Engine(const std::string& folder, DType dtype, const LoadProgress& progress = {});
+  Engine(const Engine&) = delete;
+  Engine& operator=(const Engine&) = delete;
+
+  const ModelSpec& spec() const { return spec_; }
+  const Weights& weights() const { return weights_; }
+
+  // One result per prompt, in order. Prompts are token ids; lengths may differ. Calls from several threads take turns;
+  // a call from within on_step is a UsageError. After any exception the engine can be used again.
+  std::vector<Result> generate(const std::vector<std::vector<int32_t>>& prompts, const GenerationConfig& config,
+                               const GenerateOptions& options = {});
+
+ private:
+  Engine(std::unique_ptr<Checkpoint> checkpoint, DType dtype, const LoadProgress& progress);
+  void check_prompt(size_t index, const std::vector<int32_t>& prompt, const GenerationConfig& config,
+                    bool infill) const;
+  void step(std::vector<std::unique_ptr<Sequence>>& active, const GenerationConfig& config,
+            const GenerateOptions& options);
+  const ops::RowStats* evaluate(const std::vector<std::unique_ptr<Sequence>>& active, const GenerationConfig& config);
+  void combine_logits(const std::vector<std::unique_ptr<Sequence>>& active, const GenerationConfig& config);
+  void require_finite(const std::vector<std::unique_ptr<Sequence>>& active);
+
+  ModelSpec spec_;
+  Weights weights_;
+  Transformer transformer_;
+
+  std::mutex mutex_;
+  std::atomic<std::thread::id> running_;
+
+  // Of the step in progress; kept so that their memory is reused.
+  StepInput input_;
+  std::vector<NoiseKey> keys_;
+  std::vector<ops::RowStats> stats_;
+};
+
+}  // namespace dllm

@@ -1,0 +1,43 @@
+// What generate() reports: one event per sequence and step while it runs, one result per sequence at the end.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+namespace dllm {
+
+struct StepEvent {
+  int64_t sequence;                // index of the prompt
+  int64_t step;                    // forward index of the sequence
+  int64_t block;
+  std::vector<int32_t> positions;  // committed by this step, absolute, ascending
+  std::vector<int32_t> token_ids;
+  int64_t rows;  // computed for this sequence
+  bool is_full;  // every position was computed
+};
+
+// Returns false to stop the whole generate() call, which then throws Interrupted.
+using StepCallback = std::function<bool(const StepEvent&)>;
+
+// Counters of one step, for one sequence (both passes of guidance are counted).
+struct StepStats {
+  int64_t rows = 0;             // pushed through the layers
+  int64_t logit_rows = 0;       // pushed through the LM head
+  int64_t attention_pairs = 0;  // query rows x keys, summed over layers
+  int64_t weight_bytes = 0;     // packed weights read by the step, shared by all sequences that ran in it
+  int64_t commits = 0;          // positions committed
+  double seconds = 0;           // wall time of the step, all sequences that ran in it
+};
+
+struct Result {
+  std::vector<int32_t> token_ids;     // gen_length ids; EOS after the first stop id where generation stopped there
+  std::vector<int32_t> prompt_ids;    // the prompt, infills filled
+  std::vector<int64_t> commit_steps;  // per generated position, the step that committed it; -1: filled with EOS
+  int64_t nfe = 0;                    // model evaluations, full or partial, each 1; guidance counts its second pass
+  std::vector<StepStats> steps;
+  double seconds_total = 0;        // from this sequence's first step to its last
+  double seconds_first_block = 0;  // until its first block was committed
+};
+
+}  // namespace dllm

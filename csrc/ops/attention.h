@@ -1,0 +1,33 @@
+// Attention of the step's query rows over every cached position of their own sequence (bidirectional, no mask):
+//   out[r, h, :] = softmax(scale * q[r, h, :] K[:, h / group, :]^T) V[:, h / group, :]
+// Query rows are scattered positions; sequences of a batch are ragged and packed one after the other, without padding.
+// Keys are visited in fixed chunks with an online softmax in fp32, so a row's result does not depend on the rows beside it.
+#pragma once
+
+#include <cstdint>
+
+#include "ops/kv_layout.h"
+#include "runtime/dtype.h"
+
+namespace dllm::ops {
+
+struct AttentionSequence {
+  int64_t row_begin, row_end;  // packed rows of this sequence
+  int64_t n_keys;              // positions [0, n_keys) are attended
+  KvSlab slab;
+};
+
+struct AttentionArgs {
+  const void* q;  // [rows, n_heads * head_dim] of `dtype`, rotated
+  int64_t ldq;
+  DType dtype;
+  int n_heads, n_kv, head_dim;
+  float scale;
+  const AttentionSequence* sequences;
+  int64_t n_sequences;
+  void* out;  // [rows, n_heads * head_dim] of `dtype`
+  int64_t ldo;
+};
+void attention(const AttentionArgs& args);
+
+}  // namespace dllm::ops

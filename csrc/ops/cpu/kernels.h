@@ -1,0 +1,101 @@
+// The inner loops, once per instruction set: single-threaded functions on raw pointers, reached through a table that is
+// chosen at run time. Everything above them (splitting over threads, packing, argument handling) is compiled once, for
+// the baseline CPU.
+//
+// This header is read by translation units compiled for AVX-512. It must define no inline function and instantiate no
+// template: the linker keeps one copy of those, and it could be the one an older CPU cannot run.
+#pragma once
+
+#include <cstdint>
+
+namespace dllm::ops::cpu {
+
+// Columns of the right-hand side's panels (see linear.h and kv_layout.h), and the widest padding of a row of scores.
+inline constexpr int64_t kColumns = 32;
+// GEMMs accumulate blocks of this many terms along K, each from zero, and add the blocks up in order: the error grows
+// with the square root of the block plus that of the number of blocks, and a block of the panel stays in L1/L2.
+inline constexpr int64_t kBlockK = 256;
+
+// What a tile of a row's logits adds to its statistics; merged in tile order (row_stats.cpp).
+struct TileStats {
+  float max;  // over the tile; -inf: every id is filtered
+  bool finite;
+  int32_t top1_id, top2_id;  // -1: none
+  float top1, top2;
+  double sum;           // sum of exp(x - max)
+  double weighted_sum;  // sum of exp(x - max) * (x - max)
+};
+
+// One chunk of an online softmax over `rows` rows of scores [rows, >= n rounded up to 32].
+struct SoftmaxChunk {
+  int64_t rows, n;  // n valid columns
+  float* scores;    // overwritten: exp(scale * score - running max), zero from n to n rounded up to 32
+  int64_t lds;
+  uint16_t* bf16;  // the same, rounded to bf16; or null
+  int64_t ldb;
+  float scale;
+  bool first;
+  float *max, *sum;  // [rows], running
+  float* acc;        // [rows, width]: rescaled to the new maximum, unless `first`
+  int64_t lda, width;
+};
+
+enum class Write { Store, AddTo, SiluMul };
+
+struct WriteArgs {
+  Write what;
+  int64_t rows, columns;  // columns of the output: up to 32, SiluMul up to 16
+  const float* c;         // [rows, 32]
+  const float* bias;      // [32] or null
+  void* out;
+  int64_t ldo;
+  bool bf16;
+};
+
+struct RotateArgs {
+  const float* x;            // [head_dim]
+  const float *cos, *sin;    // [head_dim / 2]
+  int64_t half;
+  float* out;  // [head_dim]
+};
+
+struct Kernels {
+  // True: gemm_bf16 reads A as bf16. False: the CPU has no bf16 dot product and A must be widened to fp32 first.
+  bool bf16_a;
+
+  // C[rows, 32] = A[rows, k] B[k, 32], or += where `accumulate`. B is (part of) a packed panel; lda in elements of A.
+  void (*gemm_f32)(int64_t rows, int64_t k, const void* a, int64_t lda, const void* b, float* c, int64_t ldc,
+                   bool accumulate);
+  void (*gemm_bf16)(int64_t rows, int64_t k, const void* a, int64_t lda, const void* b, float* c, int64_t ldc,
+                    bool accumulate);
+  void (*write)(const WriteArgs& args);
+  void (*softmax_chunk)(const SoftmaxChunk& args);
+  // out[i] = x[i] * scale, fp32 or bf16
+  void (*scale_row)(const float* x, float scale, int64_t n, void* out, bool bf16);
+  void (*rms_norm_row)(const float* x, const float* weight, float eps, int64_t n, void* out, bool bf16);
+  void (*rotate)(const RotateArgs& args);
+  void (*widen)(const uint16_t* x, int64_t n, float* out);
+  // x [n padded to 32] is changed: divided by `temperature` unless that is 1, `bias` (or null) added before, columns
+  // n.. and `banned` set to -inf, and `masked` too once the softmax has seen it (both relative to the tile; < 0: none).
+  // first_id is the id of column 0.
+  void (*tile_stats)(float* x, int64_t n, const float* bias, float temperature, int64_t banned, int64_t masked,
+                     int32_t first_id, TileStats* out);
+};
+
+const Kernels& kernels();  // of current_isa()
+
+// One per kernels_<isa>.cpp; DLLM_HAVE_* says which of them are built.
+namespace portable {
+extern const Kernels table;
+}
+namespace avx2 {
+extern const Kernels table;
+}
+namespace avx512 {
+extern const Kernels table;
+}
+namespace avx512_bf16 {
+extern const Kernels table;
+}
+
+}  // namespace dllm::ops::cpu

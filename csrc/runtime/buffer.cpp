@@ -1,0 +1,31 @@
+#include "runtime/buffer.h"
+
+#include <cstdlib>
+#include <cstring>
+
+#include "runtime/error.h"
+
+namespace dllm {
+
+Buffer::Buffer(size_t bytes, const char* what) : bytes_((bytes + 63) / 64 * 64) {
+  if (bytes == 0) {
+    bytes_ = 0;
+    return;
+  }
+  if (bytes_ >= bytes) data_ = std::aligned_alloc(64, bytes_);
+  if (!data_) fail<OutOfMemoryError>("out of memory: ", what, " asked for ", bytes, " bytes");
+  std::memset(data_, 0, bytes_);
+}
+
+Buffer::~Buffer() { std::free(data_); }
+
+size_t checked_bytes(const char* what, size_t a, size_t b, size_t c, size_t d) {
+  size_t n = a;
+  for (size_t f : {b, c, d})
+    if (__builtin_mul_overflow(n, f, &n))
+      fail<OutOfMemoryError>("out of memory: ", what, " asked for more bytes than can be addressed (", a, " x ", b,
+                             " x ", c, " x ", d, ")");
+  return n;
+}
+
+}  // namespace dllm

@@ -1,0 +1,42 @@
+// Owned, 64-byte aligned memory. Failing to get it is an OutOfMemoryError that names the bytes.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <utility>
+
+namespace dllm {
+
+class Buffer {
+ public:
+  Buffer() = default;
+  // Zero-filled, so that padding never holds a NaN. `what` names the owner in the error.
+  Buffer(size_t bytes, const char* what);
+  ~Buffer();
+  Buffer(Buffer&& o) noexcept : data_(std::exchange(o.data_, nullptr)), bytes_(std::exchange(o.bytes_, 0)) {}
+  Buffer& operator=(Buffer&& o) noexcept {
+    std::swap(data_, o.data_);
+    std::swap(bytes_, o.bytes_);
+    return *this;
+  }
+
+  template <class T = void>
+  T* as() const {
+    return static_cast<T*>(data_);
+  }
+  size_t bytes() const { return bytes_; }
+
+  // Keeps what is there if it is large enough; otherwise a new zero-filled block (contents are lost).
+  void reserve(size_t bytes, const char* what) {
+    if (bytes > bytes_) *this = Buffer(bytes, what);
+  }
+
+ private:
+  void* data_ = nullptr;
+  size_t bytes_ = 0;
+};
+
+// rows * cols * element size with overflow checked.
+size_t checked_bytes(const char* what, size_t a, size_t b, size_t c = 1, size_t d = 1);
+
+}  // namespace dllm

@@ -1,0 +1,110 @@
+"""The native module: csrc/bindings/module.cpp. Use it through dllm_ext.Engine; only StepEvent is part of the public API.
+
+Everything here raises the classes of dllm_ext.errors.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypedDict
+
+class Info(TypedDict):
+    isa: str
+    """Instruction set in use: "portable", "avx2", "avx512" or "avx512_bf16". DLLM_ISA in the environment lowers it."""
+    isas: list[str]
+    """What this CPU can run, slowest first."""
+    threads: int
+    """torch's own number of threads: torch.set_num_threads()."""
+
+class ModelSpec:
+    """The shape and special ids of a model."""
+
+    @staticmethod
+    def from_config(json_text: str) -> ModelSpec: ...
+    family: str
+    """"llada" or "dream"."""
+    vocab_size: int
+    """Rows of the embedding, which may be more than the tokenizer has ids."""
+    d_model: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    mlp_hidden: int
+    max_positions: int
+    """Most positions that a prompt and what is generated may have together."""
+    norm_eps: float
+    rope_theta: float
+    rope_full_precision: bool
+    qkv_bias: bool
+    tied_head: bool
+    logit_shift: bool
+    """Token i is read from the hidden state of position i - 1 (Dream)."""
+    mask_id: int
+    eos_id: int
+    stop_ids: list[int]
+    """EOS, then end-of-turn ids."""
+    def tensors(self) -> list[tuple[str, list[int]]]:
+        """(name in the checkpoint, shape) of every tensor that the model reads."""
+
+class StepEvent:
+    """What one step of one sequence did; given to generate()'s on_step."""
+
+    sequence: int
+    """Index of the prompt."""
+    step: int
+    """From 0, counted over the whole sequence."""
+    block: int
+    """From 0."""
+    positions: list[int]
+    """Positions committed by this step, ascending; position 0 is the prompt's first token."""
+    token_ids: list[int]
+    """Their tokens."""
+    rows: int
+    """Positions computed for this sequence."""
+    is_full: bool
+    """Whether that was all of them."""
+
+class StatsDict(TypedDict):
+    """See dllm_ext.Stats. The lists have one entry per step."""
+
+    rows: list[int]
+    logit_rows: list[int]
+    attention_pairs: list[int]
+    weight_bytes: list[int]
+    commits: list[int]
+    seconds: list[float]
+    seconds_total: float
+    seconds_first_block: float
+
+class Result:
+    token_ids: list[int]
+    prompt_ids: list[int]
+    commit_steps: list[int]
+    nfe: int
+    stats: StatsDict
+
+class Engine:
+    def __init__(
+        self, folder: str, dtype: str, progress: Callable[[int, int], None] | None = None
+    ) -> None:
+        """folder: config.json and safetensors. dtype: "float32" or "bfloat16". progress: gets bytes done and in all."""
+    spec: ModelSpec
+    dtype: str
+    weight_bytes: int
+    unused_tensors: list[str]
+    """Tensors of the checkpoint that this architecture has no use for."""
+    def generate(
+        self,
+        prompts: list[list[int]],
+        infill: bool,
+        config: dict[str, Any],
+        batch_size: int,
+        on_step: Callable[[StepEvent], bool | None] | None = None,
+    ) -> list[Result]:
+        """config: fields of GenerationConfig; a missing one or None means "not given". The GIL is released."""
+
+def info() -> Info: ...
+def set_isa(name: str) -> None:
+    """One of info()["isas"], or "auto"."""
+
+def validate_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The fields with the defaults that are in force filled in; ConfigError if they are not allowed."""

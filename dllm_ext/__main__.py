@@ -1,0 +1,5 @@
+"""`python -m dllm_ext` is the command `dllm`."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,250 @@
+"""The command `dllm`: generate, chat, info and bench.
+
+The options that decode are made from the fields of GenerationConfig, so there is one for each of them.
+"""
+
+import functools
+import inspect
+import json
+import platform
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from . import __version__
+from .config import GenerationConfig, field_docs, field_kinds
+from .engine import Engine
+from .errors import ConfigError, DLLMError, InputError
+
+app = typer.Typer(
+    name="dllm",
+    help="Masked-diffusion language models (LLaDA, Dream), run natively.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Option(help="mini-llada (bundled), a folder, or a Hugging Face id.")]
+DType = Annotated[str, typer.Option("--dtype", help="auto, float32 or bfloat16.")]
+Device = Annotated[str, typer.Option(help="auto or cpu.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Watch = Annotated[bool, typer.Option("--watch", help="Show the canvas filling in, coloured by step (in a terminal).")]
+
+BENCH_PROMPT = "Tom has 3 apples and buys 4 more. How many apples does Tom have?"
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command and exit: 0, or 2 with one line on stderr for an error, or 130 for Ctrl-C."""
+    try:
+        app(args=args, prog_name="dllm")
+    except DLLMError as e:
+        print("error:", " ".join(str(e).split()), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def generation_options(command):
+    """Give a command one option for every field of GenerationConfig; those that were used reach it as **fields."""
+    kinds, docs = field_kinds(), field_docs()
+    options = []
+    for name, (kind, _) in kinds.items():
+        default = getattr(GenerationConfig, name)
+        flag = "--" + name.replace("_", "-")
+        declaration = f"{flag}/--no-{flag[2:]}" if kind is bool else flag
+        option = typer.Option(
+            declaration,
+            help=docs.get(name),
+            show_default=default is not None and str(default),
+            rich_help_panel="Decoding",
+        )
+        annotation = Annotated[kind | None, option]
+        options.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
+
+    @functools.wraps(command)
+    def with_fields(**arguments):
+        fields = {name: arguments.pop(name) for name in kinds}
+        return command(**arguments, **{name: value for name, value in fields.items() if value is not None})
+
+    own = [p for p in inspect.signature(command).parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
+    with_fields.__signature__ = inspect.Signature(own + options)
+    return with_fields
+
+
+@app.command()
+@generation_options
+def generate(
+    prompt: Annotated[
+        str | None, typer.Argument(help="The question or text; - or nothing reads it from stdin.")
+    ] = None,
+    model: Model = "mini-llada",
+    dtype: DType = "auto",
+    device: Device = "auto",
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--plain",
+            help="A chat message, or plain text. Default: chat, unless the model has no template, or --infill.",
+        ),
+    ] = None,
+    infill: Annotated[bool, typer.Option("--infill", help="Also fill the mask tokens inside the prompt.")] = False,
+    as_json: AsJson = False,
+    watch: Watch = False,
+    **fields,
+):
+    """Generate from one prompt and print the text."""
+    config = GenerationConfig(**fields)
+    if as_json and watch:
+        raise ConfigError("--json and --watch exclude each other")
+    text = sys.stdin.read().rstrip("\n") if prompt in (None, "-") else prompt
+    if not text:
+        raise InputError("the prompt is empty: give it as an argument or on stdin")
+    engine = Engine.from_pretrained(model, device=device, dtype=dtype)
+    ids = engine.encode(text, False if chat is None and infill else chat)
+    result = _run(engine, ids, config, infill, watch)
+    if as_json:
+        print(json.dumps(result.to_dict(), ensure_ascii=False))
+        return
+    if not _is_watched(watch):
+        print(_shown_text(engine, result, infill))
+    _print_summary(result)
+
+
+@app.command()
+@generation_options
+def chat(model: Model = "mini-llada", dtype: DType = "auto", device: Device = "auto", watch: Watch = False, **fields):
+    """Talk to a model over several turns. /reset forgets the conversation, /exit leaves."""
+    config = GenerationConfig(**fields)
+    engine = Engine.from_pretrained(model, device=device, dtype=dtype)
+    engine.encode([{"role": "user", "content": "?"}])  # a model without a chat template says so before the first turn
+    messages = []
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        if line == "/exit":
+            return
+        if line == "/reset":
+            messages = []
+        elif line:
+            turn = [*messages, {"role": "user", "content": line}]
+            try:
+                result = _run(engine, engine.encode(turn), config, False, watch)
+            except InputError as e:  # most likely a conversation beyond the model's context
+                print(f"{e} (/reset starts anew)", file=sys.stderr)
+                continue
+            if not _is_watched(watch):
+                print(result.text)
+            _print_summary(result)
+            messages = [*turn, {"role": "assistant", "content": result.text}]
+
+
+@app.command()
+def info(as_json: AsJson = False):
+    """Show versions, the CPU's instruction sets, CUDA, and where models are."""
+    facts = _facts()
+    if as_json:
+        print(json.dumps(facts))
+        return
+    table = Table.grid(padding=(0, 2))
+    for name, value in facts.items():
+        table.add_row(name, ", ".join(value) if isinstance(value, list) else str(value), style=None)
+    Console(soft_wrap=True).print(table)
+
+
+@app.command()
+def bench(
+    model: Model = "mini-llada",
+    dtype: DType = "auto",
+    gen_length: Annotated[int, typer.Option(help="Tokens to generate.")] = 64,
+    block_length: Annotated[int, typer.Option(help="Tokens per block.")] = 32,
+    repeat: Annotated[int, typer.Option(min=1, help="Runs of each; the fastest counts.")] = 3,
+    as_json: AsJson = False,
+):
+    """Time every cache, one token per step and at threshold 0.9, on one short question."""
+    engine = Engine.from_pretrained(model, dtype=dtype)
+    prompt = engine.encode(BENCH_PROMPT)
+    rows = []
+    for cache in ("none", "prefix", "dual"):
+        for rule in ({"num_transfer_tokens": 1}, {"threshold": 0.9}):
+            config = GenerationConfig(gen_length=gen_length, block_length=block_length, cache=cache, **rule)
+            engine.generate(prompt, config)  # warm up
+            best = min((engine.generate(prompt, config) for _ in range(repeat)), key=lambda r: r.stats.seconds_total)
+            s = best.stats
+            rows.append(
+                {
+                    "cache": cache,
+                    "rule": "1 token per step" if "threshold" not in rule else "threshold 0.9",
+                    "nfe": s.nfe,
+                    "ms_per_forward": s.ms_per_forward,
+                    "tokens_per_forward": s.tokens_per_forward,
+                    "tokens_per_second": s.tokens_per_second,
+                    "time_to_first_block_ms": 1e3 * s.time_to_first_block,
+                }
+            )
+    if as_json:
+        print(json.dumps({"model": model, "dtype": engine.dtype, "rows": rows}))
+        return
+    table = Table("cache", "rule", title=f"{model}, {engine.dtype}, {gen_length} tokens, prompt of {len(prompt)}")
+    for name in ("NFE", "ms/forward", "tokens/forward", "tokens/s", "ms to first block"):
+        table.add_column(name, justify="right")
+    for r in rows:
+        numbers = [r["ms_per_forward"], r["tokens_per_forward"], r["tokens_per_second"], r["time_to_first_block_ms"]]
+        table.add_row(r["cache"], r["rule"], str(r["nfe"]), *(f"{n:.2f}" for n in numbers))
+    Console().print(table)
+
+
+def _is_watched(watch):
+    return watch and sys.stdout.isatty()
+
+
+def _run(engine, ids, config, infill, watch):
+    if not _is_watched(watch):
+        return engine.generate(ids, config, infill=infill)
+    from . import watch as view
+
+    return view.watch(engine, ids, config, infill)
+
+
+def _shown_text(engine, result, infill):
+    """The generated text; with infill, after the prompt with its gaps filled."""
+    return "".join(engine.tokenizer.pieces(result.prompt_ids if infill else [])) + result.text
+
+
+def _print_summary(result):
+    """One line on stderr, for people only."""
+    if sys.stderr.isatty():
+        s = result.stats
+        print(
+            f"[{s.tokens} tokens, {s.nfe} forwards, {s.seconds_total:.2f} s: {s.tokens_per_second:.1f} tokens/s, "
+            f"{s.tokens_per_forward:.2f} tokens per forward, {s.ms_per_forward:.2f} ms per forward]",
+            file=sys.stderr,
+        )
+
+
+def _facts():
+    import huggingface_hub.constants
+    import torch
+
+    from . import _C, _build_info
+    from .hub import BUNDLED
+
+    native = _C.info()
+    return {
+        "dllm_ext": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "compiler": _build_info.COMPILER,
+        "instruction set": native["isa"],
+        "instruction sets available": native["isas"],
+        "threads": native["threads"],
+        "CUDA": "built" if _build_info.CUDA else _build_info.CUDA_REASON,
+        "bundled models": [f"{name} ({folder})" for name, folder in BUNDLED.items()],
+        "download cache": huggingface_hub.constants.HF_HUB_CACHE,
+    }

@@ -1,0 +1,320 @@
+"""Engine: a model and its tokenizer. The denoising loop itself is native (csrc/engine/engine.h)."""
+
+import contextlib
+import dataclasses
+import functools
+import operator
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from . import _C
+from .config import GenerationConfig, check_bool, check_int
+from .errors import ConfigError, InputError
+from .hub import model_folder
+from .tokenizer import Tokenizer
+
+PROGRESS_AFTER_SECONDS = 1.0
+
+Prompt = str | list[int] | list[dict]
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What one generation cost. Lists have one entry per step of this sequence.
+
+    Sequences that run in one batch share their steps: `seconds` and `weight_bytes` are those of the whole step, and
+    `seconds_total` runs from this sequence's first step to its last.
+    """
+
+    tokens: int
+    """Generated tokens before the first stop id: what `text` was made of."""
+    nfe: int
+    """Model evaluations, full or partial, each 1; guidance counts its second pass."""
+    seconds_total: float
+    time_to_first_block: float
+    """Seconds until the first block was committed."""
+    rows: list[int] = field(repr=False)
+    """Positions that went through the layers."""
+    logit_rows: list[int] = field(repr=False)
+    """Positions that went through the LM head."""
+    attention_pairs: list[int] = field(repr=False)
+    """Query rows x keys, summed over layers."""
+    weight_bytes: list[int] = field(repr=False)
+    """Bytes of weights read."""
+    commits: list[int] = field(repr=False)
+    """Positions committed."""
+    seconds: list[float] = field(repr=False)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """`tokens` / `seconds_total`: prompt and padding never count, an empty answer is 0."""
+        return self.tokens / self.seconds_total if self.seconds_total > 0 else 0.0
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """`tokens` / `nfe`."""
+        return self.tokens / self.nfe if self.nfe else 0.0
+
+    @property
+    def ms_per_forward(self) -> float:
+        """Milliseconds of the steps / `nfe`."""
+        return 1e3 * sum(self.seconds) / self.nfe if self.nfe else 0.0
+
+
+@dataclass(frozen=True)
+class Result:
+    """One generated sequence."""
+
+    text: str | None
+    """The generated text up to the first stop id, without special tokens. None if the model has no tokenizer files."""
+    token_ids: list[int] = field(repr=False)
+    """All `gen_length` generated ids. With stop_at_eos, EOS from the first stop id on."""
+    prompt_ids: list[int] = field(repr=False)
+    """The prompt's ids, with infilled positions filled."""
+    nfe: int
+    """Model evaluations, full or partial, each 1."""
+    stats: Stats
+    commit_steps: list[int] = field(repr=False)
+    """Per generated position the step that committed it; -1 where it was filled with EOS after the stop."""
+
+    def to_dict(self) -> dict:
+        """All of it as plain values, for JSON; the stats with their ratios."""
+        result = dataclasses.asdict(self)
+        for ratio in ("tokens_per_second", "tokens_per_forward", "ms_per_forward"):
+            result["stats"][ratio] = getattr(self.stats, ratio)
+        return result
+
+
+class Engine:
+    """A masked-diffusion language model, ready to generate. Make one with `Engine.from_pretrained`.
+
+    Attributes:
+        folder: Where its files are (Path).
+        spec: Its shape and special ids (family, vocab_size, d_model, n_layers, n_heads, n_kv_heads, head_dim,
+            mlp_hidden, max_positions, mask_id, eos_id, stop_ids, logit_shift).
+        device: "cpu".
+        dtype: "float32" or "bfloat16".
+        weight_bytes: Bytes of its weights in memory.
+    """
+
+    def __init__(self, native: _C.Engine, folder: Path):
+        """For `from_pretrained`."""
+        self._native = native
+        self.folder = folder
+        self.spec = native.spec
+        self.device = "cpu"
+        self.dtype = native.dtype
+        self.weight_bytes = native.weight_bytes
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_repo: str | os.PathLike,
+        device: str = "auto",
+        dtype: str = "auto",
+        quantization: None = None,
+        revision: str | None = None,
+    ) -> "Engine":
+        """Load a LLaDA or Dream model.
+
+        path_or_repo: "mini-llada" (bundled, 3 million parameters, for trying things out), a folder with config.json
+            and safetensors, or a Hugging Face id (downloaded once; never runs code, never unpickles).
+        device: "auto" or "cpu".
+        dtype: "float32", "bfloat16", or "auto": bfloat16 where the weights are stored in it and the CPU multiplies in
+            it (AVX-512-BF16), else float32, which is exact but takes twice the memory.
+        quantization: None.
+        revision: branch, tag or commit of a Hugging Face id.
+
+        Raises ConfigError for a wrong argument, CheckpointError for a model that cannot be loaded, OutOfMemoryError.
+        """
+        if str(device) not in ("auto", "cpu"):
+            raise ConfigError(f'device = "{device}" is not allowed: this version runs on "cpu" (or "auto") only')
+        if quantization is not None:
+            raise ConfigError(f"quantization = {quantization!r} is not allowed: this version has None only")
+        name = str(dtype).removeprefix("torch.")
+        if name not in ("auto", "float32", "bfloat16"):
+            raise ConfigError(f'dtype = {dtype!r} is not allowed: it must be "auto", "float32" or "bfloat16"')
+        folder = model_folder(path_or_repo, revision)
+        with _load_progress(folder.name) as progress:
+            native = _C.Engine(str(folder), _auto_dtype(folder) if name == "auto" else name, progress)
+        return cls(native, folder)
+
+    def __repr__(self):
+        return f"Engine({str(self.folder)!r}, {self.spec.family}, {self.device}, {self.dtype})"
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer, read when first needed. InputError where the folder has none."""
+        if not Tokenizer.is_in(self.folder):
+            raise InputError(f"the model in {self.folder} has no tokenizer files: give token ids instead of text")
+        return Tokenizer(self.folder, self.spec.family, self.spec.vocab_size, self.spec.stop_ids)
+
+    def generate(
+        self,
+        prompt: Prompt | list[Prompt],
+        config: GenerationConfig | None = None,
+        *,
+        infill: bool = False,
+        chat: bool | None = None,
+        batch_size: int = 8,
+        on_step: Callable[[_C.StepEvent], bool | None] | None = None,
+        **fields,
+    ) -> Result | list[Result]:
+        """Generate one Result, or for a list of prompts a list of Results in the same order ([] for []).
+
+        prompt: a text, token ids (list or array of integers; needs no tokenizer), chat messages
+            ([{"role": "user", "content": "..."}, ...]), or a list of any of these.
+        config: how to decode; None is GenerationConfig(). `fields` override single fields of it.
+        infill: fill the positions of the prompt that hold the mask token, too. Otherwise a mask token there is data.
+        chat: whether a text is one user message of a chat (True), or taken as it stands (False). None: a chat if the
+            model's files declare a chat template and infill is off. Some base models declare one as well: say False.
+        batch_size: sequences that run at a time, at least 1. No result depends on it.
+        on_step: called after every step of every sequence with a StepEvent; returning False stops the whole call,
+            which then raises Interrupted. What it raises comes out of generate().
+
+        Raises ConfigError, InputError, NumericalError (NaN or infinity in the model), OutOfMemoryError, Interrupted,
+        and UsageError where on_step calls generate(). Afterwards the engine can be used again.
+        """
+        config = self._config(config, fields)
+        infill = check_bool("infill", infill)
+        if chat is not None:
+            chat = check_bool("chat", chat)
+        batch_size = check_int("batch_size", batch_size)
+        if on_step is not None and not callable(on_step):
+            raise ConfigError(f"on_step = {on_step!r} is not allowed: it must be a function or None")
+
+        prompts, single = _as_list(prompt)
+        if chat is None and infill:
+            chat = False
+        ids = [self._encode(i, p, chat) for i, p in enumerate(prompts)]
+        tokenizer = self.tokenizer if Tokenizer.is_in(self.folder) else None  # a damaged one fails now, not at the end
+        native = self._native.generate(ids, infill, dataclasses.asdict(config), batch_size, on_step)
+        results = [self._result(r, tokenizer) for r in native]
+        return results[0] if single else results
+
+    def _config(self, config, fields):
+        if config is None:
+            return GenerationConfig(**fields)
+        if not isinstance(config, GenerationConfig):
+            raise ConfigError(f"config = {config!r} is not allowed: it must be a GenerationConfig or None")
+        return dataclasses.replace(config, **fields)
+
+    def encode(self, prompt: Prompt, chat: bool | None = None) -> list[int]:
+        """Token ids of one prompt, as generate() sees it; `chat` as there. InputError if it is not a prompt."""
+        return self._encode(0, prompt, chat if chat is None else check_bool("chat", chat))
+
+    def _encode(self, index, prompt, chat):
+        """encode(); an error calls the prompt by its index."""
+        if isinstance(prompt, str):
+            if chat is None:
+                chat = self.tokenizer.has_chat_template
+            if chat:
+                return self.tokenizer.encode_chat([{"role": "user", "content": prompt}])
+            return self.tokenizer.encode(prompt)
+        if _is_array(prompt):
+            prompt = prompt.tolist()
+        if not isinstance(prompt, list | tuple):
+            raise InputError(
+                f"prompt {index} is {prompt!r} ({type(prompt).__name__}); it must be a text, token ids or chat messages"
+            )
+        if any(isinstance(p, dict) for p in prompt):
+            return self.tokenizer.encode_chat(list(prompt))
+        return [self._check_id(index, position, token) for position, token in enumerate(prompt)]
+
+    def _check_id(self, index, position, token):
+        try:
+            if isinstance(token, bool):
+                raise TypeError
+            token = operator.index(token)
+        except TypeError:
+            message = f"prompt {index} holds {token!r} at position {position}; a token id is an integer"
+            raise InputError(message) from None
+        if not 0 <= token < self.spec.vocab_size:
+            raise InputError(
+                f"prompt {index} holds the id {token} at position {position}; ids must be between 0 and "
+                f"{self.spec.vocab_size - 1}"
+            )
+        return token
+
+    def _result(self, r, tokenizer):
+        native_stats = r.stats
+        tokens = next((i for i, t in enumerate(r.token_ids) if t in self.spec.stop_ids), len(r.token_ids))
+        stats = Stats(
+            tokens=tokens,
+            nfe=r.nfe,
+            seconds_total=native_stats.pop("seconds_total"),
+            time_to_first_block=native_stats.pop("seconds_first_block"),
+            **native_stats,
+        )
+        return Result(
+            text=tokenizer.decode(r.token_ids) if tokenizer else None,
+            token_ids=r.token_ids,
+            prompt_ids=r.prompt_ids,
+            nfe=r.nfe,
+            stats=stats,
+            commit_steps=r.commit_steps,
+        )
+
+
+def _is_array(x):
+    return getattr(x, "ndim", 0) > 0 and hasattr(x, "tolist")
+
+
+def _as_list(prompt):
+    """(list of prompts, whether `prompt` was a single one). A list of lists, texts or arrays holds several."""
+    if _is_array(prompt):
+        prompt = prompt.tolist()
+    several = isinstance(prompt, list | tuple) and (
+        not prompt or any(isinstance(p, str | list | tuple) or _is_array(p) for p in prompt)
+    )
+    return (list(prompt), False) if several else ([prompt], True)
+
+
+def _auto_dtype(folder):
+    from safetensors import SafetensorError, safe_open
+
+    if "bf16" not in _C.info()["isa"]:
+        return "float32"
+    for file in sorted(folder.glob("model*.safetensors"))[:1]:
+        try:
+            with safe_open(file, "pt") as f:
+                stored = {f.get_slice(name).get_dtype() for name in f.keys()}  # noqa: SIM118  (no dict)
+        except (OSError, SafetensorError):  # the native loader will say what is wrong with it
+            break
+        return "bfloat16" if stored == {"BF16"} else "float32"
+    return "float32"
+
+
+@contextlib.contextmanager
+def _load_progress(name):
+    """A progress callback (bytes done, bytes in all); a bar on stderr if that is a terminal and loading takes long."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    bar = Progress(
+        TextColumn(f"loading {name}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+    task = bar.add_task(name)
+    begin = time.monotonic()
+
+    def show(done, total):
+        if time.monotonic() - begin > PROGRESS_AFTER_SECONDS:
+            bar.start()
+            bar.update(task, completed=done, total=total)
+
+    try:
+        yield show
+    finally:
+        bar.stop()
