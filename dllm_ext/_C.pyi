@@ -1,4 +1,4 @@
-"""The native module: csrc/bindings/module.cpp. Use it through dllm_ext.Engine; only StepEvent is part of the public API.
+"""The native module, csrc/bindings. Use it through dllm_ext.Engine; only StepEvent is part of the public API.
 
 Everything here raises the classes of dllm_ext.errors.
 """
@@ -83,9 +83,7 @@ class Result:
     stats: StatsDict
 
 class Engine:
-    def __init__(
-        self, folder: str, dtype: str, progress: Callable[[int, int], None] | None = None
-    ) -> None:
+    def __init__(self, folder: str, dtype: str, progress: Callable[[int, int], None] | None = None) -> None:
         """folder: config.json and safetensors. dtype: "float32" or "bfloat16". progress: gets bytes done and in all."""
     spec: ModelSpec
     dtype: str

@@ -92,7 +92,7 @@ class GenerationConfig:
         steps: Denoising steps in all, a multiple of the number of blocks: how many tokens a step commits then follows
             `schedule` (LLaDA, Dream). Excludes threshold and factor.
         num_transfer_tokens: Tokens committed per step. Beside steps, threshold or factor it is the least number per
-            step (d2Cache, arXiv 2509.23094).
+            step (Kamichanw/d2Cache).
         temperature: 0 takes the most likely token. Otherwise Gumbel noise of this strength is added to the logits
             (LLaDA), or the logits are divided by it and sampled (schedule "dream").
         top_p: Sample among the most likely tokens that hold this probability together, in (0, 1] (Dream).
@@ -113,8 +113,8 @@ class GenerationConfig:
             forwards (LLaDA).
         logits_eos_inf: Never choose the end-of-text token (LLaDA).
         confidence_eos_eot_inf: Commit end-of-text and end-of-turn tokens last (LLaDA).
-        stop_at_eos: Stop once everything before the first stop id is committed, and fill the rest with EOS (d2Cache's
-            stop_until_eos). False generates every position.
+        stop_at_eos: Stop once everything before the first stop id is committed, and fill the rest with EOS
+            (stop_until_eos in Kamichanw/d2Cache). False generates every position.
         seed: Of all randomness, 0 to 2**64 - 1. Equal seeds give equal tokens whatever the batch or the threads
             (Philox, Salmon et al. 2011).
         cache: Which positions a step recomputes: "none", "prefix" or "dual", or NoCache(), PrefixCache(), DualCache()
@@ -181,9 +181,12 @@ def _wrong_type(name, value, allowed):
 
 def check_int(name, value):
     """`value` as an int, from any integer type but bool; ConfigError unless it fits the native field."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise _wrong_type(name, value, "an integer")
-    value = operator.index(value)
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        value = operator.index(value)
+    except TypeError:
+        raise _wrong_type(name, value, "an integer") from None
     low, high = (0, 2**64 - 1) if name == "seed" else (-(2**63), 2**63 - 1)
     if not low <= value <= high:
         raise ConfigError(f"{name} = {value} is not allowed: it must be between {low} and {high}")

@@ -33,6 +33,7 @@ class Canvas:
         """prompt_ids: as given to generate(). With infill the prompt is shown too, dimmed, and its masks fill in."""
         mask = engine.spec.mask_id
         self._engine = engine
+        self._prompt_length = len(prompt_ids)
         self._begin = 0 if infill else len(prompt_ids)
         self._tokens = list(prompt_ids) + [None] * gen_length
         if infill:
@@ -52,27 +53,32 @@ class Canvas:
         )
 
     def render(self, finished: bool = False) -> Text:
-        """The canvas as styled text. finished: positions that are still masked were not needed, and are left out."""
+        """The canvas as styled text. finished: the text has ended, so nothing after its first stop id is shown."""
+        end = len(self._tokens)
+        if finished:
+            end = next((p + 1 for p in range(self._prompt_length, end) if self._is_stop(p)), end)
         text = Text()
         run = []  # positions in a row that hold a token: a character may span several of them
-        for position in range(self._begin, len(self._tokens) + 1):
-            if position < len(self._tokens) and self._tokens[position] is not None:
+        for position in range(self._begin, end):
+            if self._tokens[position] is not None:
                 run.append(position)
                 continue
             self._append_run(text, run)
             run = []
-            if position < len(self._tokens) and not finished:
-                text.append(MASK, _MASKED)
+            text.append(MASK, _MASKED)
+        self._append_run(text, run)
         text.append(f"\n{self._status}", Style(dim=True, italic=True))
         return text
 
     def _append_run(self, text, positions):
-        tokens = [self._tokens[p] for p in positions]
-        pieces = self._engine.tokenizer.pieces(tokens)
-        for position, token, piece in zip(positions, tokens, pieces, strict=True):
+        pieces = self._engine.tokenizer.pieces([self._tokens[p] for p in positions])
+        for position, piece in zip(positions, pieces, strict=True):
             step = self._step_of.get(position)
             style = _GIVEN if step is None else Style(color=color_of(step))
-            text.append(END if token in self._engine.spec.stop_ids and step is not None else piece, style)
+            text.append(END if step is not None and self._is_stop(position) else piece, style)
+
+    def _is_stop(self, position):
+        return self._tokens[position] in self._engine.spec.stop_ids
 
 
 def watch(

@@ -110,7 +110,7 @@ def rows_of_step(cache, shift, block, start, length, first):
     if cache == "none" or first:
         return list(range(length))
     if cache == "prefix":  # the block and everything right of it
-        rows = set(block) | set(range(start, length)) | {i - shift for i in block}
+        rows = set(block) | set(range(start - shift, length)) | {i - shift for i in block}
     elif cache == "dual":  # the rows that the block's logits are read from
         rows = {i - shift for i in block}
     else:

@@ -14,7 +14,7 @@ namespace dllm::ops::cpu {
 inline constexpr int64_t kColumns = 32;
 // GEMMs accumulate blocks of this many terms along K, each from zero, and add the blocks up in order: the error grows
 // with the square root of the block plus that of the number of blocks, and a block of the panel stays in L1/L2.
-inline constexpr int64_t kBlockK = 256;
+inline constexpr int64_t kBlockK = 512;
 
 // What a tile of a row's logits adds to its statistics; merged in tile order (row_stats.cpp).
 struct TileStats {

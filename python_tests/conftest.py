@@ -1,0 +1,146 @@
+"""Small random models with tokenizers, as the two families ship them."""
+
+import json
+
+import models
+import pytest
+
+from dllm_ext import Engine
+
+# The chat templates of the published tokenizer_config.json files (Dream's without its tool calls).
+LLADA_TEMPLATE = (
+    "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header_id|>' + "
+    "message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}"
+    "{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+)
+DREAM_TEMPLATE = (
+    "{%- if messages[0]['role'] == 'system' %}\n"
+    "    {{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}\n"
+    "{%- else %}\n"
+    "    {{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}\n"
+    "{%- endif %}\n"
+    "{%- for message in messages %}\n"
+    '    {%- if (message.role == "user") or (message.role == "system" and not loop.first) or '
+    '(message.role == "assistant" and not message.tool_calls) %}\n'
+    "        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}\n"
+    "    {%- endif %}\n"
+    "{%- endfor %}\n"
+    "{%- if add_generation_prompt %}\n"
+    "    {{- '<|im_start|>assistant\\n' }}\n"
+    "{%- endif %}\n"
+)
+
+# Ids as in models.llada_config and models.dream_config; all ids below the first are bytes and fillers.
+LLADA_SPECIAL = {
+    "<|startoftext|>": 290,
+    "<|endoftext|>": 291,
+    "[CLS]": 292,
+    "[gMASK]": 293,
+    "<|start_header_id|>": 294,
+    "<|end_header_id|>": 295,
+    "<|mdm_mask|>": 296,
+    "<|eot_id|>": 297,
+}
+DREAM_SPECIAL = {
+    "<|endoftext|>": 311,
+    "<|im_start|>": 312,
+    "<|im_end|>": 313,
+    "<|fim_pad|>": 314,
+    "<|beginoftext|>": 315,
+    "<|mask|>": 316,
+}
+
+
+def byte_vocabulary(size):
+    """A byte-level BPE vocabulary without merges: a token for each byte, then tokens that no text gives."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    vocab = {c: i for i, c in enumerate(sorted(ByteLevel.alphabet()))}
+    return vocab | {f"unused{i}": i for i in range(len(vocab), size)}
+
+
+def write_llada_tokenizer(folder, chat_template=LLADA_TEMPLATE):
+    """tokenizer.json and tokenizer_config.json as in LLaDA-8B: no mask_token is declared."""
+    from tokenizers import AddedToken, Tokenizer, decoders
+    from tokenizers.models import BPE
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    tokenizer = Tokenizer(BPE(vocab=byte_vocabulary(290), merges=[]))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in LLADA_SPECIAL])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "bos_token": "<|startoftext|>",
+        "cls_token": "[CLS]",
+        "eos_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "trust_remote_code": True,
+    }
+    if chat_template is not None:
+        config["chat_template"] = chat_template
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def write_dream_tokenizer(folder, chat_template=DREAM_TEMPLATE):
+    """vocab.json, merges.txt and the rest as in Dream-7B, which asks for a tokenizer class of its own."""
+    (folder / "vocab.json").write_text(json.dumps(byte_vocabulary(311)))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    (folder / "added_tokens.json").write_text(json.dumps(DREAM_SPECIAL))
+    config = {
+        "add_bos_token": False,
+        "added_tokens_decoder": {
+            str(i): {
+                "content": t,
+                "lstrip": False,
+                "normalized": False,
+                "rstrip": False,
+                "single_word": False,
+                "special": True,
+            }
+            for t, i in DREAM_SPECIAL.items()
+        },
+        "auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]},
+        "bos_token": "<|beginoftext|>",
+        "eos_token": "<|endoftext|>",
+        "mask_token": "<|mask|>",
+        "pad_token": "<|endoftext|>",
+        "tokenizer_class": "DreamTokenizer",
+        "unk_token": None,
+    }
+    if chat_template is not None:
+        config["chat_template"] = chat_template
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def write_tokenizer(folder, family, **options):
+    {"llada": write_llada_tokenizer, "dream": write_dream_tokenizer}[family](folder, **options)
+
+
+@pytest.fixture(scope="session", params=models.FAMILIES)
+def folder(request, tmp_path_factory):
+    """A model folder of each family: 3 layers, byte tokens, chat template."""
+    path = models.write_model(tmp_path_factory.mktemp("models") / request.param, request.param)
+    write_tokenizer(path, request.param)
+    return path
+
+
+@pytest.fixture(scope="session")
+def engine(folder):
+    return Engine.from_pretrained(folder, dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def llada_folder(tmp_path_factory):
+    path = models.write_model(tmp_path_factory.mktemp("models") / "llada-only", "llada")
+    write_tokenizer(path, "llada")
+    return path
+
+
+@pytest.fixture(scope="session")
+def llada(llada_folder):
+    return Engine.from_pretrained(llada_folder, dtype="float32")

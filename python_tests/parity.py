@@ -1,0 +1,128 @@
+"""Shared by the tests that compare the engine with the oracle: pairs of the two, and the settings they are run with."""
+
+import tempfile
+from dataclasses import dataclass, fields
+from functools import lru_cache
+
+import models
+import torch
+from reference import loops
+from reference.loops import Options
+from reference.model import ReferenceModel
+
+from dllm_ext import Engine
+
+FAMILIES = models.FAMILIES
+CACHES = ("none", "prefix", "dual")
+
+# (prompt length, gen_length, block_length): whole blocks, a ragged last block, blocks of one, one block for everything
+SHAPES = [(9, 24, 8), (5, 19, 7), (1, 6, 1), (12, 11, 16)]
+
+# Settings of a generation; "per_block" steps per block stand for `steps`.
+DECODERS = {
+    "default": {},
+    "threshold": {"threshold": 0.4},
+    "threshold 0": {"threshold": 0.0},
+    "threshold 1": {"threshold": 1.0},
+    "threshold margin": {"threshold": 0.25, "remasking": "topk_margin"},
+    "threshold, at least 3": {"threshold": 0.7, "num_transfer_tokens": 3},
+    "factor": {"factor": 1.1},
+    "factor margin": {"factor": 2.0, "remasking": "topk_margin"},
+    "factor, at least 2": {"factor": 0.5, "num_transfer_tokens": 2},
+    "2 per step": {"num_transfer_tokens": 2},
+    "2 per step, entropy": {"num_transfer_tokens": 2, "remasking": "entropy"},
+    "steps 1": {"per_block": 1},
+    "steps 3": {"per_block": 3},
+    "steps 30": {"per_block": 30},
+    "steps margin": {"per_block": 5, "remasking": "topk_margin"},
+    "steps entropy": {"per_block": 5, "remasking": "entropy"},
+    "steps random": {"per_block": 5, "remasking": "random", "seed": 3},
+    "steps, at least 3": {"per_block": 6, "num_transfer_tokens": 3},
+    "temperature": {"per_block": 6, "temperature": 0.8, "seed": 1},
+    "temperature, threshold": {"threshold": 0.5, "temperature": 1.3, "seed": 2**40 + 7},
+    "temperature, filters": {"per_block": 4, "temperature": 0.9, "top_p": 0.8, "top_k": 12, "seed": 5},
+    "temperature, entropy": {"per_block": 4, "temperature": 1.0, "remasking": "entropy", "top_k": 7},
+    "top_p": {"threshold": 0.6, "top_p": 0.7},
+    "top_k 1": {"per_block": 4, "top_k": 1},
+    "dream steps": {"schedule": "dream", "per_block": 5},
+    "dream entropy": {"schedule": "dream", "per_block": 6, "remasking": "entropy", "temperature": 0.3, "top_p": 0.95},
+    "dream margin": {"schedule": "dream", "per_block": 4, "remasking": "topk_margin", "temperature": 1.2, "top_k": 9},
+    "dream random": {"schedule": "dream", "per_block": 4, "remasking": "random", "temperature": 0.5},
+    "dream origin": {"schedule": "dream", "per_block": 4, "remasking": "origin"},
+    "dream origin, temperature": {"schedule": "dream", "per_block": 7, "remasking": "origin", "temperature": 0.9},
+    "dream alg_temp": {"schedule": "dream", "per_block": 5, "alg_temp": 0.3, "seed": 8},
+    "dream alg_temp, entropy": {"schedule": "dream", "per_block": 5, "alg_temp": 1.5, "remasking": "entropy"},
+    "dream eps": {"schedule": "dream", "per_block": 8, "eps": 0.2, "num_transfer_tokens": 1},
+    "dream threshold": {"schedule": "dream", "threshold": 0.6, "temperature": 0.7, "top_p": 0.9},
+    "llada alg_temp": {"per_block": 4, "alg_temp": 0.2},
+    "guidance": {"per_block": 5, "cfg_scale": 1.5},
+    "guidance, all of it": {
+        "threshold": 0.5,
+        "cfg_scale": 0.5,
+        "temperature": 0.6,
+        "top_p": 0.9,
+        "logits_eos_inf": True,
+    },
+    "eos never": {"per_block": 5, "logits_eos_inf": True},
+    "eos late": {"per_block": 5, "confidence_eos_eot_inf": True},
+    "eos late, margin": {
+        "threshold": 0.5,
+        "confidence_eos_eot_inf": True,
+        "remasking": "topk_margin",
+        "temperature": 0.4,
+    },
+    "no stop": {"per_block": 5, "stop_at_eos": False},
+}
+
+
+@dataclass
+class Pair:
+    """The same model twice: fp32 natively, fp64 in the oracle."""
+
+    engine: Engine
+    oracle: ReferenceModel
+
+    @classmethod
+    def from_folder(cls, folder):
+        return cls(Engine.from_pretrained(folder, dtype="float32"), ReferenceModel.from_folder(folder, torch.float64))
+
+
+@lru_cache
+def frequent_stop(family):
+    """Config changes that make tokens this model likes its EOS and end of turn, so that generations end anywhere."""
+    config = models.config_of(family)
+    oracle = ReferenceModel(config, models.random_tensors(config), torch.float64)
+    counts = torch.zeros(oracle.vocab_size)
+    for length, gen_length, _ in SHAPES:
+        o = Options(gen_length=gen_length, block_length=4, num_transfer_tokens=1, stop_at_eos=False)
+        for token in loops.generate(oracle, prompt_of(family, length), o).token_ids:
+            counts[token] += 1
+    return {"eos_token_id": counts.sort(descending=True, stable=True).indices[2:5].tolist()}
+
+
+@lru_cache
+def pair_of(family, stops=False):
+    """The small model of a family; with stops=True its stop ids are frequent tokens."""
+    with tempfile.TemporaryDirectory() as folder:
+        return Pair.from_folder(models.write_model(folder, family, **(frequent_stop(family) if stops else {})))
+
+
+def prompt_of(family, length, seed=None):
+    return models.random_prompt(models.config_of(family), length, seed=length if seed is None else seed)
+
+
+def options_of(decoder, shape, cache, **more):
+    """Options of a generation from an entry of DECODERS and of SHAPES."""
+    settings = DECODERS[decoder] | more
+    _, gen_length, block_length = shape
+    if (per_block := settings.pop("per_block", None)) is not None:
+        settings["steps"] = per_block * max(1, -(-gen_length // block_length))
+    return Options(gen_length=gen_length, block_length=block_length, cache=cache, **settings)
+
+
+def run_engine(engine, prompts, o, **more):
+    """(results, events by prompt) of the engine for a list of prompts."""
+    events = [[] for _ in prompts]
+    settings = {f.name: getattr(o, f.name) for f in fields(o)}
+    results = engine.generate(prompts, on_step=lambda e: events[e.sequence].append(e), **settings, **more)
+    return results, events
