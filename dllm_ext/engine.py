@@ -98,7 +98,7 @@ class Engine:
             mlp_hidden, max_positions, mask_id, eos_id, stop_ids, logit_shift).
         device: "cpu".
         dtype: "float32" or "bfloat16".
-        weight_bytes: Bytes of its weights in memory.
+        weight_bytes: Bytes of its weights in memory; an embedding table that stays in its mapped file does not count.
     """
 
     def __init__(self, native: _C.Engine, folder: Path):

@@ -14,6 +14,7 @@ from ops_support import (
     check_error,
     empty,
     exact,
+    instruction_set,
     ops,
     padded_rows,
     stored,
@@ -23,6 +24,12 @@ from ops_support import (
 from reference import philox
 
 SHAPES = [(1, 1), (2, 33), (7, 31), (64, 64), (129, 100), (255, 257), (768, 48), (513, 333), (2048, 160)]  # k, n
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    with instruction_set(request.param) as name:
+        yield name
 
 
 def rng(*key):

@@ -4,7 +4,25 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from ops_support import DTYPES, TORCH, check_error, exact, ops, padded_rows, stored, tensor, threads
+from ops_support import (
+    DTYPES,
+    ISAS,
+    TORCH,
+    check_error,
+    exact,
+    instruction_set,
+    ops,
+    padded_rows,
+    stored,
+    tensor,
+    threads,
+)
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    with instruction_set(request.param) as name:
+        yield name
 
 
 def rope_tables(positions, head_dim, theta=10000.0):

@@ -3,10 +3,27 @@
 import numpy as np
 import pytest
 import torch
-from ops_support import DTYPES, ROWS, check_error, empty, ops, stored, tensor, threads
+from ops_support import (
+    DTYPES,
+    ISAS,
+    ROWS,
+    check_error,
+    empty,
+    instruction_set,
+    ops,
+    stored,
+    tensor,
+    threads,
+)
 from reference import philox
 
 VOCABS = (1, 2, 5, 31, 32, 33, 511, 512, 513, 1000, 2049)
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    with instruction_set(request.param) as name:
+        yield name
 
 
 def logits_of(rows, vocab, spread=4.0, seed=0):

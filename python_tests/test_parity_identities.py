@@ -11,6 +11,14 @@ from reference.loops import Options
 from reference.model import ReferenceModel
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("cache", ["prefix", "dual"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cache_is_exact_where_blocks_take_one_step(family, cache):

@@ -16,9 +16,9 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-MAX_VALUE = 60  # every number that occurs, given or computed, is between 1 and this
-MAX_START = 30  # what somebody has at first
-MAX_CHANGE = 12  # what one event adds or takes away
+MAX_VALUE = 50  # every number that occurs, given or computed, is between 1 and this
+MAX_START = 20  # what somebody has at first
+MAX_CHANGE = 10  # what one event adds or takes away
 HELD_OUT_ONE_IN = 20
 
 NAMES = [
@@ -120,7 +120,7 @@ def compare(rng: random.Random) -> tuple[str, Chain, int]:
     """Two to four people, each described relative to the one before; the last, a difference or the total is asked."""
     people = _people(rng, rng.choice([3, 3, 4]))
     item = rng.choice(ITEMS)
-    held = [rng.randint(3, 20)]
+    held = [rng.randint(3, MAX_START)]
     chain = Chain()
     told = [f"{people[0][0]} has {held[0]} {item}."]
     for (name, _, _), (before, _, _) in zip(people[1:], people, strict=False):
@@ -158,7 +158,7 @@ def shopping(rng: random.Random) -> tuple[str, Chain, int]:
     [(name, pronoun, subject)] = _people(rng, 1)
     chain, told, costs = Chain(), [], []
     goods = rng.sample(GOODS, rng.choice([1, 2, 2]))
-    purse = rng.randint(20, MAX_VALUE)
+    purse = rng.randint(MAX_START, MAX_VALUE)
     asks_left = rng.random() < 0.7
     if asks_left:
         told.append(f"{name} has {purse} dollars.")
@@ -238,7 +238,7 @@ def days(rng: random.Random) -> tuple[str, Chain, int]:
         more = chain.step(f"Then {pronoun} {verb}", rate, "*", time)
         total = chain.step("Together", total, "+", more)
     if rng.random() < 0.5:
-        goal = rng.randint(20, MAX_VALUE)
+        goal = rng.randint(MAX_START, MAX_VALUE)
         told.append(f"{subject} wants to reach {goal} {unit}. How many {unit} are left?")
         return " ".join(told), chain, chain.step("Left:", goal, "-", total)
     told.append(rng.choice([f"How many {unit} is that in total?", f"How many {unit} is that together?"]))

@@ -11,10 +11,11 @@ without a space, so that decoded text needs no trimming.
 import argparse
 import itertools
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from data import GOODS, ITEMS, NAMES, stream
+from data import NAMES, stream
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 VOCAB_SIZE = 1024
@@ -22,6 +23,7 @@ MAX_NUMBER_TOKEN = 100
 EOS, MASK, BOS, EOT = SPECIAL_TOKENS = ("<|endoftext|>", "<|mdm_mask|>", "<|startoftext|>", "<|eot_id|>")
 # Numbers of up to three digits and words take one leading space with them; signs do too.
 PIECES = r"'s| ?\p{N}{1,3}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+SIGNS = (" +", " -", " *", " /", " =", "####", " ####")
 # Question and answer of every turn, each closed by <|eot_id|>; the last open answer follows the question's <|eot_id|>.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -40,21 +42,29 @@ give take spent lost sold bought ate found won made collects picks drops breaks 
 """
 
 
-def _corpus(examples: int) -> Iterator[str]:
-    """Problems as they are trained on, then every number and word often enough that each becomes one token."""
-    for problem in itertools.islice(stream(99, "train"), examples):
-        yield " " + problem.question
-        yield problem.answer
+def problem_words(problems: int = 20_000) -> list[str]:
+    """Every word that the problems use, with the space before it if it has one; sorted, so that ranges and frequencies
+    of the task can change without changing the tokenizer."""
+    words = set()
+    for problem in itertools.islice(stream(99, "train"), problems):
+        for text in (" " + problem.question, problem.answer):
+            words.update(re.findall(r" ?[^\W\d_]+| ?#+", text))
+    return sorted(words)
+
+
+def _corpus() -> Iterator[str]:
+    """Numbers, the problems' words and more words, in this order of frequency: so each of the former is one token."""
     for number in range(MAX_NUMBER_TOKEN + 1):
         yield from [f" {number}"] * 400
         yield from [f"{number}"] * 300
-    openers = [name for name, _ in NAMES] + ["He", "She", "The", "So"]
-    words = [*MORE_WORDS.split(), *ITEMS, *GOODS]
-    yield from [f" {word}" for word in words] * 20
-    yield from openers * 200
+    names = [space + name for name, _ in NAMES for space in ("", " ")]
+    for word in sorted({*problem_words(), *names, *SIGNS}):
+        yield from [word] * 100
+    for word in sorted({f" {word}" for word in MORE_WORDS.split()}):
+        yield from [word] * 20
 
 
-def build(vocab_size: int = VOCAB_SIZE, examples: int = 30_000) -> Tokenizer:
+def build(vocab_size: int = VOCAB_SIZE) -> Tokenizer:
     """Trains the BPE; the same arguments give the same tokenizer."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -71,7 +81,7 @@ def build(vocab_size: int = VOCAB_SIZE, examples: int = 30_000) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_corpus(examples), trainer)
+    tokenizer.train_from_iterator(_corpus(), trainer)
     check(tokenizer, vocab_size)
     return tokenizer
 
@@ -80,9 +90,8 @@ def check(tokenizer: Tokenizer, vocab_size: int) -> None:
     """Raises when the tokenizer lacks what training relies on."""
     if tokenizer.get_vocab_size() != vocab_size:
         raise ValueError(f"{tokenizer.get_vocab_size()} tokens, not {vocab_size}: too few words for the merges")
-    singles = [f" {n}" for n in range(MAX_NUMBER_TOKEN + 1)] + [f"{n}" for n in range(MAX_NUMBER_TOKEN + 1)]
-    singles += [f" {word}" for word in [*ITEMS, *GOODS]]
-    singles += [space + name for name, _ in NAMES for space in ("", " ")]
+    singles = [f"{space}{number}" for number in range(MAX_NUMBER_TOKEN + 1) for space in ("", " ")]
+    singles += [*problem_words(), *SIGNS, *(space + name for name, _ in NAMES for space in ("", " "))]
     split = [text for text in singles if len(tokenizer.encode(text).ids) != 1]
     if split:
         raise ValueError(f"not single tokens: {split}")

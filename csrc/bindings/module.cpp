@@ -15,7 +15,8 @@
 namespace py = pybind11;
 using namespace dllm;
 
-void bind_ops(py::module_& m);
+void bind_ops(py::module_& m);     // ops.cpp
+void bind_decode(py::module_& m);  // decode.cpp
 
 namespace {
 
@@ -189,4 +190,6 @@ PYBIND11_MODULE(_C, m) {
       py::arg("config"));
   py::module_ ops = m.def_submodule("ops", "Single kernels on numpy arrays, for tests.");
   bind_ops(ops);
+  py::module_ decode = m.def_submodule("decode", "Schedules, transfer rules and bitmaps, for tests.");
+  bind_decode(decode);
 }

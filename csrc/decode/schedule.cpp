@@ -4,7 +4,8 @@ namespace dllm {
 
 namespace {
 
-// torch.linspace(1, eps, steps + 1)[i] in fp32: both halves are counted from their own end.
+// torch.linspace(1, eps, steps + 1)[i] in fp32: both halves are counted from their own end. This is what a GPU gives; on
+// a CPU torch's last bit depends on the width of its vectors.
 float dream_time(double eps, int64_t steps, int64_t i) {
   const float start = 1.0f, end = float(eps);
   const float delta = (end - start) / float(steps);

@@ -125,11 +125,15 @@ def require_compiler() -> None:
 
 
 def find_tool(name: str, minimum: tuple[int, ...] = ()) -> str | None:
-    """cmake or ninja that runs and is new enough: on PATH, beside this Python, or in its site-packages."""
+    """cmake or ninja that runs and is new enough: the target environment's, else one on PATH.
+
+    In this order so that it is the same one with and without build isolation, in an activated environment and outside:
+    when another version of ninja comes to a build folder, it compiles everything again.
+    """
     candidates = [
-        shutil.which(name),
-        os.path.join(sysconfig.get_path("scripts"), name),
         os.path.join(sysconfig.get_path("platlib"), name, "data", "bin", name),
+        os.path.join(sysconfig.get_path("scripts"), name),
+        shutil.which(name),
     ]
     for exe in candidates:
         if not exe or not os.access(exe, os.X_OK):

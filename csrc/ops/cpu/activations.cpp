@@ -35,8 +35,9 @@ void gemm_panel(const Activations& a, DType dtype, int64_t row, int64_t rows, in
   const int64_t b_size = int64_t(size_of(dtype));
   const char* from = static_cast<const char*>(a.data) + row * a.ld * a.size;
   const char* b = static_cast<const char*>(panel);
-  for (int64_t i = 0; i < k; i += kBlockK)
-    gemm(rows, std::min(kBlockK, k - i), from + i * a.size, a.ld, b + i * kPanel * b_size, c, ldc, i > 0);
+  const int64_t block = kBlockBytes / b_size;
+  for (int64_t i = 0; i < k; i += block)
+    gemm(rows, std::min(block, k - i), from + i * a.size, a.ld, b + i * kPanel * b_size, c, ldc, i > 0);
 }
 
 int64_t panel_grain(int64_t rows, int64_t k, DType dtype) {

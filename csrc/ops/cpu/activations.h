@@ -17,7 +17,7 @@ struct Activations {
 // x itself, or where the CPU has no bf16 dot product, its fp32 copy in `scratch`.
 Activations prepare_activations(const void* x, DType dtype, int64_t rows, int64_t k, int64_t ldx, Buffer& scratch);
 
-// C[rows, 32] = A B over all of K, in the blocks of kBlockK.
+// C[rows, 32] = A B over all of K, in blocks of kBlockBytes.
 void gemm_panel(const Activations& a, DType dtype, int64_t row, int64_t rows, int64_t k, const void* panel, float* c,
                 int64_t ldc);
 

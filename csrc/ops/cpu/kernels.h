@@ -12,9 +12,10 @@ namespace dllm::ops::cpu {
 
 // Columns of the right-hand side's panels (see linear.h and kv_layout.h), and the widest padding of a row of scores.
 inline constexpr int64_t kColumns = 32;
-// GEMMs accumulate blocks of this many terms along K, each from zero, and add the blocks up in order: the error grows
-// with the square root of the block plus that of the number of blocks, and a block of the panel stays in L1/L2.
-inline constexpr int64_t kBlockK = 512;
+// GEMMs accumulate blocks of this many bytes of a panel's column along K, each from zero, and add the blocks up in order:
+// the error grows with the square root of the block plus that of the number of blocks, and a block of the panel (32 KiB)
+// stays close to the core while all rows pass over it.
+inline constexpr int64_t kBlockBytes = 1024;
 
 // What a tile of a row's logits adds to its statistics; merged in tile order (row_stats.cpp).
 struct TileStats {

@@ -1,0 +1,40 @@
+// Schedules, transfer rules and bitmaps on plain values, so that tests can put random cases to them.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "bindings/convert.h"
+#include "decode/schedule.h"
+#include "decode/transfer.h"
+#include "runtime/bitmap.h"
+
+namespace py = pybind11;
+using namespace dllm;
+
+void bind_decode(py::module_& m) {
+  m.def("llada_transfer_count", &llada_transfer_count, py::arg("masked"), py::arg("steps"), py::arg("step"));
+  m.def("dream_transfer_count", &dream_transfer_count, py::arg("masked"), py::arg("eps"), py::arg("steps"),
+        py::arg("step"));
+  m.def("dream_transfer_probability", &dream_transfer_probability, py::arg("eps"), py::arg("steps"), py::arg("step"));
+  m.def(
+      "select_transfers",
+      [](const py::dict& config, const std::vector<double>& confidence, int64_t step_in_block, int64_t masked_at_start) {
+        std::vector<Proposal> proposals;
+        for (size_t i = 0; i < confidence.size(); ++i) proposals.push_back({int32_t(i), 0, confidence[i]});
+        return select_transfers(config_from_dict(config), {0, step_in_block, masked_at_start}, proposals);
+      },
+      py::arg("config"), py::arg("confidence"), py::arg("step_in_block") = 0, py::arg("masked_at_start") = 0,
+      "Indices that a step commits, for proposals at positions 0, 1, ... with these confidences.");
+  py::class_<Bitmap>(m, "Bitmap")
+      .def(py::init<int64_t>(), py::arg("size"))
+      .def("set", &Bitmap::set)
+      .def("reset", &Bitmap::reset)
+      .def("test", &Bitmap::test)
+      .def("count", &Bitmap::count)
+      .def("any", &Bitmap::any)
+      .def("members", [](const Bitmap& b) {
+        std::vector<int64_t> out;
+        b.for_each([&](int64_t i) { out.push_back(i); });
+        return out;
+      });
+}
