@@ -1,0 +1,70 @@
+"""dllm_run, the denoising loop without Python: the same tokens, and errors as one line."""
+
+import subprocess
+from pathlib import Path
+
+import models
+import pytest
+
+from dllm_ext import Engine
+
+TOOL = Path(__file__).parents[1] / "build" / "current" / "bin" / "dllm_run"
+pytestmark = pytest.mark.skipif(not TOOL.exists(), reason="an installed package without its source tree has no tools")
+
+PROMPT = [5, 17, 99, 3, 250, 40, 8]
+
+
+def run(folder, *options, ids=PROMPT):
+    command = [TOOL, folder, "--ids", ",".join(map(str, ids)), *map(str, options)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module", params=models.FAMILIES)
+def folder(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    models.write_model(folder, request.param, seed=3)
+    return folder
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"cache": "none", "threshold": 0.4},
+        {"cache": "prefix", "factor": 1.0},
+        {"cache": "dual", "steps": 12, "schedule": "dream", "remasking": "entropy", "temperature": 0.7, "seed": 2**63},
+        {"cache": "dual", "num_transfer_tokens": 2, "stop_at_eos": False, "cfg_scale": 0.5},
+    ],
+    ids=lambda s: "-".join(map(str, s.values())),
+)
+def test_the_same_tokens_as_from_python(folder, dtype, settings):
+    engine = Engine.from_pretrained(folder, dtype=dtype)
+    expected = engine.generate(PROMPT, gen_length=24, block_length=8, **settings).token_ids
+    options = [f"--{k.replace('_', '-')}={v}".split("=") for k, v in {**settings, "block_length": 8}.items()]
+    text = [w.lower() if w in ("True", "False") else w for pair in options for w in pair]
+    out = run(folder, "--dtype", dtype, "--gen-length", 24, *text)
+    assert out.returncode == 0, out.stderr
+    assert [int(t) for t in out.stdout.split(",")] == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--threshold", "2"], "threshold = 2"),
+        (["--cache", "fancy"], '"none", "prefix", "dual"'),
+        (["--gen-length", "many"], "gen_length"),
+        (["--no-such-option", "1"], "unknown option --no-such-option"),
+        (["--seed"], "--seed needs a value"),
+    ],
+)
+def test_a_wrong_option_is_one_line_and_exit_code_2(folder, options, message):
+    out = run(folder, *options)
+    assert out.returncode == 2
+    assert message in out.stderr
+    assert len(out.stderr.strip().splitlines()) == 1
+
+
+def test_a_missing_model_is_one_line(tmp_path):
+    out = run(tmp_path / "nowhere")
+    assert out.returncode == 2
+    assert "does not exist" in out.stderr
