@@ -3,10 +3,11 @@
     python benchmarks/step.py                        # mini-llada and the 1.0 B LLaDA shape, fp32 and bf16
     python benchmarks/step.py --models llada-1b --dtypes bfloat16 --repeats 5
 
-Every repeat runs the engine and the torch programs one after the other (so that a drift of the machine's speed hits all of
-them); ratios are taken repeat by repeat. Reported: median ms of the full steps (all rows) and of the cached steps (the
-block's rows), tokens per second (generated tokens / wall seconds of the whole generation), and each torch program's
-time divided by the engine's: above 1 the engine is faster. Prints a Markdown table; --json writes the raw numbers.
+Every repeat runs the engine and the torch programs one after the other (so that a drift of the machine's speed hits
+all of them); ratios are taken repeat by repeat. Reported: median ms of the full steps (all rows) and of the cached
+steps (the block's rows), tokens per second (generated tokens / wall seconds of the whole generation), and each torch
+program's time divided by the engine's: above 1 the engine is faster. Prints a Markdown table; --json writes the raw
+numbers.
 """
 
 import argparse
@@ -123,7 +124,9 @@ def main():
     if args.threads:
         torch.set_num_threads(args.threads)
     rows = [row for m in args.models for t in args.dtypes for row in measure(m, t, args)]
-    print(f"{torch.get_num_threads()} threads, prompt {args.prompt_length}, {args.per_step} tokens per step, dual cache")
+    print(
+        f"{torch.get_num_threads()} threads, prompt {args.prompt_length}, {args.per_step} tokens per step, dual cache"
+    )
     print(table(rows, args))
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1))

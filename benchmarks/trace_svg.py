@@ -1,6 +1,6 @@
 """Draw how a canvas fills in: a few steps of one generation as an SVG, each token in the colour of its step.
 
-    python benchmarks/trace_svg.py docs/trace.svg
+python benchmarks/trace_svg.py docs/trace.svg
 """
 
 import argparse

@@ -83,7 +83,7 @@ class Result:
     stats: StatsDict
 
 class Engine:
-    def __init__(self, folder: str, dtype: str, progress: Callable[[int, int], None] | None = None) -> None:
+    def __init__(self, folder: str | bytes, dtype: str, progress: Callable[[int, int], None] | None = None) -> None:
         """folder: config.json and safetensors. dtype: "float32" or "bfloat16". progress: gets bytes done and in all."""
     spec: ModelSpec
     dtype: str

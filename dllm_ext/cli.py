@@ -43,9 +43,6 @@ def main(args: list[str] | None = None) -> None:
     except DLLMError as e:
         print("error:", " ".join(str(e).split()), file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
 
 
 def generation_options(command):
@@ -240,5 +237,5 @@ def _facts():
         "threads": native["threads"],
         "CUDA": "built" if _build_info.CUDA else _build_info.CUDA_REASON,
         "bundled models": [f"{name} ({folder})" for name, folder in BUNDLED.items()],
-        "download cache": huggingface_hub.constants.HF_HUB_CACHE,
+        "model cache": huggingface_hub.constants.HF_HUB_CACHE,
     }

@@ -140,7 +140,7 @@ class Engine:
             raise ConfigError(f'dtype = {dtype!r} is not allowed: it must be "auto", "float32" or "bfloat16"')
         folder = model_folder(path_or_repo, revision)
         with _load_progress(folder.name) as progress:
-            native = _C.Engine(str(folder), _auto_dtype(folder) if name == "auto" else name, progress)
+            native = _C.Engine(os.fsencode(folder), _auto_dtype(folder) if name == "auto" else name, progress)
         return cls(native, folder)
 
     def __repr__(self):

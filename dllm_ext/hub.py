@@ -40,11 +40,11 @@ def model_folder(path_or_repo: str | os.PathLike, revision: str | None = None) -
         raise ConfigError(f"revision = {revision!r} is not allowed: it must be a str or None")
     name = os.fspath(path_or_repo)
     folder = BUNDLED.get(path_or_repo) or Path(name).expanduser()
-    if folder.is_dir():
+    if name and folder.is_dir():
         if revision is not None:
             raise ConfigError(f"revision = {revision!r} is not allowed: {name} is a local folder, which has none")
         return folder
-    if folder.exists():
+    if name and folder.exists():
         raise CheckpointError(f"{name} is a file; give the folder that holds config.json and the safetensors")
     if isinstance(path_or_repo, str) and _REPO_ID.fullmatch(name):
         return _download(name, revision)

@@ -1,11 +1,20 @@
 """Small random models with tokenizers, as the two families ship them."""
 
 import json
+import os
+import signal
+
+# Also in the processes that tests start: these models are too small for more threads to be faster.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import models
 import pytest
 
 from dllm_ext import Engine
+
+# A shell runs background jobs with SIGINT ignored, and child processes inherit that: the tests of Ctrl-C need it back.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The chat templates of the published tokenizer_config.json files (Dream's without its tool calls).
 LLADA_TEMPLATE = (

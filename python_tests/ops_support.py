@@ -67,8 +67,8 @@ def padded_rows(x, extra):
 def check_error(result, torch_result, reference, dtype, what=""):
     """max |result - fp64| <= 2 max |torch in the same precision - fp64|.
 
-    PyTorch's error can be small by luck, above all for a handful of elements, or zero. So the bound is never below four
-    units in the last place of the accumulation (fp32) at the scale of the largest result, nor one of the output's dtype.
+    PyTorch's error can be small by luck, above all for a handful of elements, or zero. So the bound is never below
+    four units in the last place of the accumulation (fp32), nor one of the output's dtype, at the largest result.
     """
     reference = reference.double()
     assert torch.isfinite(tensor(result)).all()

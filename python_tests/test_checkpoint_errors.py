@@ -5,6 +5,7 @@ Each ends in a CheckpointError that names the file, key or tensor, and never in 
 
 import fnmatch
 import json
+import os
 import struct
 from pathlib import Path
 
@@ -82,6 +83,26 @@ def test_config_that_is_no_json_object(llada_files, text):
 def test_config_of_binary_rubbish(llada_files):
     (llada_files / "config.json").write_bytes(bytes(range(256)))
     assert "config.json" in message(llada_files)
+
+
+@pytest.mark.parametrize("raw", [b"\xff", b"\x80a", b"\xed\xb2\x80"], ids=repr)
+def test_text_that_is_not_utf8(llada_files, raw):
+    """Bytes that a message quotes from a file need not be text."""
+    file = llada_files / "config.json"
+    original = file.read_bytes()
+    file.write_bytes(original.replace(b'"model_type": "llada"', b'"model_type": "' + raw + b'"'))
+    assert "model_type" in message(llada_files)
+    file.write_bytes(original)
+    file = llada_files / "model.safetensors"
+    file.write_bytes(file.read_bytes().replace(b'"F32"', b'"' + raw.ljust(3, b"x") + b'"'))
+    assert "unknown dtype" in message(llada_files)
+
+
+def test_folder_name_that_is_not_utf8(tmp_path):
+    folder = models.write_model(Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff")), "llada")
+    assert len(Engine.from_pretrained(folder).generate([1, 2], gen_length=2).token_ids) == 2
+    (folder / "config.json").unlink()
+    assert "config.json" in message(folder)
 
 
 def test_deeply_nested_config(llada_files):

@@ -1,9 +1,11 @@
 """Engine.from_pretrained and Engine.generate: prompts of every form, results, statistics, and every wrong argument."""
 
+import ast
 import dataclasses
 import json
 import os
 import threading
+from pathlib import Path
 
 import models
 import numpy as np
@@ -496,6 +498,23 @@ def test_the_engine_outlives_its_files(tmp_path):
 def test_native_dict_is_the_config():
     """What generate() hands to the native code are the fields themselves."""
     assert _C.validate_config(dataclasses.asdict(GenerationConfig(cache="dual", steps=4)))["cache"] == "dual"
+
+
+def test_the_stub_describes_the_native_module():
+    """_C.pyi declares what exists, and all of it but the modules for tests."""
+    stub = ast.parse((Path(dllm_ext.__file__).parent / "_C.pyi").read_text())
+    declared = {}
+    for node in stub.body:
+        if isinstance(node, ast.FunctionDef):
+            declared[node.name] = set()
+        if isinstance(node, ast.ClassDef) and not node.bases:
+            names = [n.target.id if isinstance(n, ast.AnnAssign) else getattr(n, "name", "_") for n in node.body]
+            declared[node.name] = {n for n in names if not n.startswith("_")}
+    public = {n for n in dir(_C) if not n.startswith("_") and type(getattr(_C, n)).__name__ != "module"}
+    assert set(declared) == public
+    for name, members in declared.items():
+        if isinstance(getattr(_C, name), type):
+            assert members == {n for n in dir(getattr(_C, name)) if not n.startswith("_")}
 
 
 def test_missing_model_names_what_is_bundled():

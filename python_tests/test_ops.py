@@ -228,4 +228,5 @@ def test_speed(isa, dtype):
             ops.linear(packed, x, out)
             times.append(time.perf_counter() - start)
         best = min(times)
-        print(f"\n{isa} {dtype} {rows} rows: {2e-9 * rows * k * n / best:.0f} GFLOP/s, {w.nbytes / best * 1e-9:.0f} GB/s")
+        flops, read = 2e-9 * rows * k * n / best, 1e-9 * w.nbytes / best
+        print(f"\n{isa} {dtype} {rows} rows: {flops:.0f} GFLOP/s, {read:.0f} GB/s")

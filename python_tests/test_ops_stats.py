@@ -203,9 +203,7 @@ def test_noise_is_the_formula(isa, noise_scale):
         noise = philox.token_gumbel(seed=2**40 + 5, step=6, positions=positions, vocab_size=vocab)
         score = logits.astype(np.float64) + noise_scale * noise
         score[:, 2] = -np.inf
-        stats = ops.row_stats(
-            logits, mask_id=2, noise_scale=noise_scale, seed=2**40 + 5, step=6, positions=positions
-        )
+        stats = ops.row_stats(logits, mask_id=2, noise_scale=noise_scale, seed=2**40 + 5, step=6, positions=positions)
         assert np.array_equal(stats["sampled_id"], score.argmax(-1))
         assert np.array_equal(stats["sampled_logit"], logits[np.arange(9), stats["sampled_id"]])
         plain = ops.row_stats(logits, mask_id=2)

@@ -97,7 +97,7 @@ def test_grid_is_not_trivial(family):
     stopped, texts = [], []
     for decoder in ("threshold", "factor", "steps 3", "temperature", "steps entropy", "dream entropy", "guidance"):
         for cache in CACHES:
-            for shape in SHAPES:
+            for shape in SHAPES[:2]:
                 run = loops.generate(oracle, prompt_of(family, shape[0]), options_of(decoder, shape, cache))
                 stopped.append(any(i in run.token_ids[:-1] for i in oracle.shape.stop_ids))
                 if shape == SHAPES[0]:

@@ -112,7 +112,9 @@ def write_full_width(folder, config, seed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("folder", "layers"), [(LLADA, "n_layers"), (DREAM, "num_hidden_layers")], ids=["llada", "dream"])
+@pytest.mark.parametrize(
+    ("folder", "layers"), [(LLADA, "n_layers"), (DREAM, "num_hidden_layers")], ids=["llada", "dream"]
+)
 def test_one_layer_of_the_published_width_equals_the_oracle(folder, layers, tmp_path):
     config = config_of(folder) | {layers: 1}
     write_full_width(tmp_path, config, seed=1)

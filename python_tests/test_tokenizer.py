@@ -169,7 +169,7 @@ def test_a_tokenizer_of_another_model(tmp_path, family):
     Tokenizer(tmp_path, family, largest + 1, [])
 
 
-@pytest.mark.parametrize("damage", ["", "{", '[1, 2]', "\x00" * 100], ids=repr)
+@pytest.mark.parametrize("damage", ["", "{", "[1, 2]", "\x00" * 100], ids=repr)
 def test_damaged_files(tmp_path, family, damage):
     write_tokenizer(tmp_path, family)
     (tmp_path / ("tokenizer.json" if family == "llada" else "vocab.json")).write_text(damage)

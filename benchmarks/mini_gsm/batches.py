@@ -4,8 +4,8 @@ Three kinds of mask, because a decoder meets all three and uniform noise alone r
 
 * uniform: LLaDA's forward process, every answer position masked with one probability t ~ U(0, 1);
 * block: what semi-autoregressive decoding sees: a block of 32 half done, everything before it clear, after it masked;
-* prefix: everything from one position on masked, mostly from the result of an equation: the case in which a value must
-  be computed, since no later copy of it is there to be read off.
+* prefix: everything from one position on masked, mostly from a number or a word that the question decides: the case in
+  which it must be computed or looked up, since no later copy of it is there to be read off.
 """
 
 import itertools
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from data import MAX_CHANGE, MAX_VALUE, stream
+from data import CONTAINERS, GAIN, GOODS, ITEMS, LOSE, MAX_CHANGE, MAX_VALUE, NAMES, stream
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -44,6 +44,15 @@ class Vocabulary:
         """(token id, value) of every token that is a whole number, with and without a leading space."""
         plain = ((token.removeprefix("Ġ"), index) for token, index in self.tokenizer.get_vocab().items())
         return sorted((index, int(text)) for text, index in plain if text.isascii() and text.isdigit())
+
+    def content_tokens(self) -> Tensor:
+        """For every token id whether it is a number or a word that a question decides (a verb, a name, a thing)."""
+        words = {*(name for name, _ in NAMES), *ITEMS, *GOODS, *CONTAINERS, *GAIN, *LOSE, "gives"}
+        vocabulary = self.tokenizer.get_vocab()
+        tokens = [vocabulary[token] for word in words for token in (word, f"Ġ{word}") if token in vocabulary]
+        content = torch.zeros(len(vocabulary), dtype=torch.bool)
+        content[tokens + [token for token, _ in self.number_tokens()]] = True
+        return content
 
 
 @dataclass(frozen=True)
@@ -86,8 +95,8 @@ def encoded(vocab: Vocabulary, seed: int, split: str, tokens: int) -> Iterator[t
                 yield torch.tensor([row for row, _ in rows]), torch.tensor([prompt for _, prompt in rows])
 
 
-def mask_answers(vocab: Vocabulary, ids: Tensor, prompt: Tensor, generator: torch.Generator) -> Batch:
-    """Masks every row in one of the three ways."""
+def mask_answers(vocab: Vocabulary, content: Tensor, ids: Tensor, prompt: Tensor, generator: torch.Generator) -> Batch:
+    """Masks every row in one of the three ways; `content` is `vocab.content_tokens()`."""
     rows, length = ids.shape
     place = torch.arange(length)[None] - prompt[:, None]  # position within the answer, negative in the prompt
     answer = place >= 0
@@ -102,8 +111,7 @@ def mask_answers(vocab: Vocabulary, ids: Tensor, prompt: Tensor, generator: torc
     written = (ids != vocab.eos).sum(1) - prompt + 1
     first = (uniform(rows) * written).long() // BLOCK * BLOCK
     in_block = (place >= first[:, None]) & (place < first[:, None] + BLOCK)
-    after_equals = torch.roll(ids == vocab.equals, 1, 1) & answer
-    weights = after_equals.float() + 0.03 * (answer & (place < written[:, None]))
+    weights = (content[ids] & answer).float() + 0.1 * (answer & (place < written[:, None]))
     start = torch.multinomial(weights, 1, generator=generator)
     from_start = torch.arange(length)[None] >= start
 
@@ -118,13 +126,12 @@ def mask_answers(vocab: Vocabulary, ids: Tensor, prompt: Tensor, generator: torc
     return Batch(ids, noisy, (scored | last).view(-1).nonzero()[:, 0])
 
 
-def next_results(vocab: Vocabulary, ids: Tensor, prompt: Tensor, which: int) -> Batch:
-    """Masks from the result of equation number `which` (modulo their number) on; only that result is scored."""
+def next_tokens(vocab: Vocabulary, chosen: Tensor, ids: Tensor, prompt: Tensor, which: int) -> Batch:
+    """Masks each answer from its `which`-th `chosen` token (modulo their number) on; only that token is scored."""
     place = torch.arange(ids.shape[1])[None]
-    after_equals = torch.roll(ids == vocab.equals, 1, 1) & (place >= prompt[:, None])
-    count = after_equals.sum(1)
-    wanted = which % count.clamp(min=1) + 1
-    start = (after_equals.cumsum(1) >= wanted[:, None]).float().argmax(1)
+    chosen = chosen & (place >= prompt[:, None])
+    wanted = which % chosen.sum(1).clamp(min=1) + 1
+    start = torch.maximum((chosen.cumsum(1) >= wanted[:, None]).float().argmax(1), prompt)
     noisy = torch.where(place >= start[:, None], vocab.mask, ids)
     return Batch(ids, noisy, start + torch.arange(len(ids)) * ids.shape[1])
 

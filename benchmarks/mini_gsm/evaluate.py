@@ -4,9 +4,10 @@
     python evaluate.py --settings k=1 t=0.9/dual -n 1000  # chosen settings
     python evaluate.py --json result.json
 
-A setting is `k=TOKENS_PER_STEP` or `t=THRESHOLD`, with `/CACHE` behind it for a cache (none, prefix, dual, ...). The first one is
-the baseline: every other is compared with it problem by problem. The standard error of such a paired difference is
-smaller than that of the difference of two independent accuracies, because most problems come out the same both times.
+A setting is `k=TOKENS_PER_STEP` or `t=THRESHOLD`, with `/CACHE` behind it for a cache (none, prefix, dual, ...). The
+first one is the baseline: every other is compared with it problem by problem. The standard error of such a paired
+difference is smaller than that of the difference of two independent accuracies, because most problems come out the
+same both times.
 """
 
 import argparse
@@ -67,7 +68,9 @@ def decode(engine, problems: list[Problem], setting: str, options: argparse.Name
     return results, time.perf_counter() - began
 
 
-def compare(settings: list[str], engine, problems: list[Problem], options: argparse.Namespace) -> tuple[list[Row], dict]:
+def compare(
+    settings: list[str], engine, problems: list[Problem], options: argparse.Namespace
+) -> tuple[list[Row], dict]:
     """The rows of the table, and for each setting the accuracy within each family of problems."""
     rows, by_family, baseline = [], {}, None
     for setting in settings:
@@ -126,7 +129,9 @@ def main() -> None:
     engine = Engine.from_pretrained(options.model, dtype=options.dtype)
     problems = held_out(options.problems, options.seed)
     rows, by_family = compare(options.settings, engine, problems, options)
-    print(f"\n{len(problems)} held-out problems, gen_length {options.gen_length}, block_length {options.block_length}\n")
+    print(
+        f"\n{len(problems)} held-out problems, gen_length {options.gen_length}, block_length {options.block_length}\n"
+    )
     print(markdown(rows))
     if options.json:
         content = {

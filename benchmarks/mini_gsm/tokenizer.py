@@ -1,21 +1,18 @@
 """Builds mini-llada's tokenizer: a byte-complete BPE in which every whole number up to 100 is one token.
 
-Any text can be encoded, because the 256 byte symbols are all in the vocabulary. Words of the problems (and of a wider
-word list, so that the task can grow without a new tokenizer) are one token with a leading space. The chat template puts
-that space before a user's text, so the first word of a question has the same token as anywhere else; an answer begins
-without a space, so that decoded text needs no trimming.
+Any text can be encoded, because the 256 byte symbols are all in the vocabulary. Words of the problems are one token
+with a leading space. The chat template puts that space before a user's text, so the first word of a question has the
+same token as anywhere else; an answer begins without a space, so that decoded text needs no trimming.
 
     python tokenizer.py OUT_FOLDER
 """
 
 import argparse
-import itertools
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from data import NAMES, stream
+from data import NAMES
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 VOCAB_SIZE = 1024
@@ -23,6 +20,7 @@ MAX_NUMBER_TOKEN = 100
 EOS, MASK, BOS, EOT = SPECIAL_TOKENS = ("<|endoftext|>", "<|mdm_mask|>", "<|startoftext|>", "<|eot_id|>")
 # Numbers of up to three digits and words take one leading space with them; signs do too.
 PIECES = r"'s| ?\p{N}{1,3}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+OPENERS = ("So", "The")  # how an answer may begin, without a space
 SIGNS = (" +", " -", " *", " /", " =", "####", " ####")
 # Question and answer of every turn, each closed by <|eot_id|>; the last open answer follows the question's <|eot_id|>.
 CHAT_TEMPLATE = (
@@ -30,6 +28,16 @@ CHAT_TEMPLATE = (
     "{{ message['content'] | trim if message['role'] == 'assistant' else ' ' + message['content'] | trim }}<|eot_id|>"
     "{% endfor %}"
 )
+# A fixed list, wider than today's problems, so that the task can change without changing the tokenizer.
+WORDS = """
+Add Double Each Halve He How Later Left More She Start Subtract The Then Together Triple What a among and apples are
+as bags bakes balls baskets beads books boxes buttons buys cakes candies cards coins cookies cost coupon day days do
+does dollars doubles each eggs end equally fewer fills finds flowers for friend friends get gets gives half has hats
+have he hold in is it jars kites lamps left letters loses makes many marbles money more much mugs now number of off
+oranges pages paints pay pays pencils pens pictures puzzles reach reads sells shares she shells shirts solves spend
+stamps starts stickers stones than that the them they three times to together total toys trays twice uses wants wins
+with writes you
+"""
 MORE_WORDS = """
 Amy Alex Anna Bob Carl Dan David Ella Eric Finn Greg Hana Ivan Jane John Kate Kim Liam Lisa Lucy Maria Mary Mark Nick
 Olga Peter Ruth Tina Victor Will a about after again all also am an and any as at away back because before both but by
@@ -42,23 +50,19 @@ give take spent lost sold bought ate found won made collects picks drops breaks 
 """
 
 
-def problem_words(problems: int = 20_000) -> list[str]:
-    """Every word that the problems use, with the space before it if it has one; sorted, so that ranges and frequencies
-    of the task can change without changing the tokenizer."""
-    words = set()
-    for problem in itertools.islice(stream(99, "train"), problems):
-        for text in (" " + problem.question, problem.answer):
-            words.update(re.findall(r" ?[^\W\d_]+| ?#+", text))
-    return sorted(words)
+def _known() -> list[str]:
+    """What must be one token besides the numbers: words, names, signs, each with the space before it if it has one."""
+    words = [f" {word}" for word in WORDS.split()]
+    names = [space + name for name, _ in NAMES for space in ("", " ")]
+    return sorted([*words, *names, *OPENERS, *SIGNS])
 
 
 def _corpus() -> Iterator[str]:
-    """Numbers, the problems' words and more words, in this order of frequency: so each of the former is one token."""
+    """Numbers, known words, more words, in this order of frequency."""
     for number in range(MAX_NUMBER_TOKEN + 1):
         yield from [f" {number}"] * 400
         yield from [f"{number}"] * 300
-    names = [space + name for name, _ in NAMES for space in ("", " ")]
-    for word in sorted({*problem_words(), *names, *SIGNS}):
+    for word in _known():
         yield from [word] * 100
     for word in sorted({f" {word}" for word in MORE_WORDS.split()}):
         yield from [word] * 20
@@ -91,7 +95,7 @@ def check(tokenizer: Tokenizer, vocab_size: int) -> None:
     if tokenizer.get_vocab_size() != vocab_size:
         raise ValueError(f"{tokenizer.get_vocab_size()} tokens, not {vocab_size}: too few words for the merges")
     singles = [f"{space}{number}" for number in range(MAX_NUMBER_TOKEN + 1) for space in ("", " ")]
-    singles += [*problem_words(), *SIGNS, *(space + name for name, _ in NAMES for space in ("", " "))]
+    singles += _known()
     split = [text for text in singles if len(tokenizer.encode(text).ids) != 1]
     if split:
         raise ValueError(f"not single tokens: {split}")

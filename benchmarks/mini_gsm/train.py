@@ -26,7 +26,7 @@ from batches import (
     drills,
     encoded,
     mask_answers,
-    next_results,
+    next_tokens,
     rows_for,
 )
 from model import LLaDA, make_config, save_weights
@@ -38,7 +38,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 class ThreadChooser:
-    """Runs with one or two threads, whichever has lately been faster: on a shared machine that changes by the minute."""
+    """Runs with one or two threads, whichever has lately been faster: on a busy machine that changes by the minute."""
 
     def __init__(self, most: int) -> None:
         self.most, self.current, self.speed = most, most, {}
@@ -71,6 +71,7 @@ class Trainer:
         torch.manual_seed(options.seed)
         self.model = LLaDA(config, bf16=True, compiled=True)
         self.model.initialise(vocab.number_tokens())
+        self.content = vocab.content_tokens()
         parts = self.model.model.transformer
         matrices = [p for n, p in parts.named_parameters() if p.dim() == 2 and n.startswith("blocks.")]
         others = [p for n, p in parts.named_parameters() if p.dim() == 1 or not n.startswith("blocks.")]
@@ -137,18 +138,21 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self, count: int = 6) -> dict[str, float]:
-        """On held-out problems, with the averaged weights: loss, and how many results are right given what precedes."""
+        """On held-out problems, with the averaged weights: the loss, and how many results, and how many of the other
+        numbers, names and words that the question decides, are right given what precedes them."""
         model = LLaDA(self.model.config)
         model.load_state_dict(self.averaged)
         generator = torch.Generator().manual_seed(3)
-        source, losses, right = encoded(self.vocab, 555, "test", self.options.tokens), [], []
+        source, losses, results, copies = encoded(self.vocab, 555, "test", self.options.tokens), [], [], []
         for index in range(count):
             ids, prompt = next(source)
-            losses.append(loss_of(model, mask_answers(self.vocab, ids, prompt, generator)).item())
-            batch = next_results(self.vocab, ids, prompt, index)
-            predicted = model(batch.noisy, batch.scored).argmax(-1)
-            right.append((predicted == ids.view(-1)[batch.scored]).float().mean().item())
-        return {"validation": sum(losses) / count, "results": sum(right) / count}
+            losses.append(loss_of(model, mask_answers(self.vocab, self.content, ids, prompt, generator)).item())
+            after_equals = torch.roll(ids == self.vocab.equals, 1, 1)
+            for chosen, right in ((after_equals, results), (self.content[ids] & ~after_equals, copies)):
+                batch = next_tokens(self.vocab, chosen, ids, prompt, 2 * index)
+                predicted = model(batch.noisy, batch.scored).argmax(-1)
+                right.append((predicted == ids.view(-1)[batch.scored]).float().mean().item())
+        return {"validation": sum(losses) / count, "results": sum(results) / count, "copies": sum(copies) / count}
 
 
 def train(options: argparse.Namespace) -> None:
@@ -181,7 +185,7 @@ def train(options: argparse.Namespace) -> None:
             batch = next(equations)
         else:
             ids, prompt = next(problems)
-            batch = mask_answers(trainer.vocab, ids, prompt, generator)
+            batch = mask_answers(trainer.vocab, trainer.content, ids, prompt, generator)
             trainer.sequences += len(ids)
         loss = loss_of(trainer.model, batch)
         trainer.update(loss, factor)

@@ -18,7 +18,8 @@ void bind_decode(py::module_& m) {
   m.def("dream_transfer_probability", &dream_transfer_probability, py::arg("eps"), py::arg("steps"), py::arg("step"));
   m.def(
       "select_transfers",
-      [](const py::dict& config, const std::vector<double>& confidence, int64_t step_in_block, int64_t masked_at_start) {
+      [](const py::dict& config, const std::vector<double>& confidence, int64_t step_in_block,
+         int64_t masked_at_start) {
         std::vector<Proposal> proposals;
         for (size_t i = 0; i < confidence.size(); ++i) proposals.push_back({int32_t(i), 0, confidence[i]});
         return select_transfers(config_from_dict(config), {0, step_in_block, masked_at_start}, proposals);

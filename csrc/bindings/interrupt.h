@@ -10,7 +10,7 @@ namespace dllm {
 class InterruptGuard {
  public:
   InterruptGuard();   // does nothing outside the main thread, or where SIGINT has no handler to chain to
-  ~InterruptGuard();  // restores the handler
+  ~InterruptGuard();  // the outermost one restores the handler
   InterruptGuard(const InterruptGuard&) = delete;
   InterruptGuard& operator=(const InterruptGuard&) = delete;
 

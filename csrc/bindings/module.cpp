@@ -15,15 +15,21 @@
 namespace py = pybind11;
 using namespace dllm;
 
-void bind_ops(py::module_& m);     // ops.cpp
+void bind_ops(py::module_& m);  // ops.cpp
 void bind_decode(py::module_& m);  // decode.cpp
 
 namespace {
 
+// Text that may quote a stranger's bytes: what is not UTF-8 is replaced.
+py::object lenient_text(std::string_view text) {
+  return py::reinterpret_steal<py::object>(PyUnicode_DecodeUTF8(text.data(), Py_ssize_t(text.size()), "replace"));
+}
+
 // C++ exceptions become the classes of dllm_ext/errors.py.
 void translate(std::exception_ptr p) {
   auto raise = [](const char* cls, const std::exception& e) {
-    py::set_error(py::module_::import("dllm_ext.errors").attr(cls), e.what());
+    const py::object type = py::module_::import("dllm_ext.errors").attr(cls);
+    PyErr_SetObject(type.ptr(), lenient_text(e.what()).ptr());
   };
   try {
     if (p) std::rethrow_exception(p);
@@ -88,7 +94,7 @@ std::vector<Result> generate(Engine& engine, const std::vector<std::vector<int32
 
 // One per-step counter of a result as a list.
 template <class T>
-std::vector<T> column(const Result& r, T StepStats::*member) {
+std::vector<T> column(const Result& r, T StepStats::* member) {
   std::vector<T> out;
   for (const StepStats& s : r.steps) out.push_back(s.*member);
   return out;
@@ -167,7 +173,12 @@ void bind_engine(py::module_& m) {
       .def_property_readonly("spec", &Engine::spec, py::return_value_policy::reference_internal)
       .def_property_readonly("dtype", [](const Engine& e) { return name_of(e.weights().dtype); })
       .def_property_readonly("weight_bytes", [](const Engine& e) { return e.weights().resident_bytes(); })
-      .def_property_readonly("unused_tensors", [](const Engine& e) { return e.weights().unused_tensors; })
+      .def_property_readonly("unused_tensors",
+                             [](const Engine& e) {
+                               py::list names;
+                               for (const std::string& n : e.weights().unused_tensors) names.append(lenient_text(n));
+                               return names;
+                             })
       .def("generate", &generate, py::arg("prompts"), py::arg("infill"), py::arg("config"), py::arg("batch_size"),
            py::arg("on_step") = py::none());
 }

@@ -190,7 +190,8 @@ py::array run_rope(const py::array& qkv_in, const py::array& cos_in, const py::a
   const int32_t* p = vector_of<int32_t>(positions, "positions", qkv.rows);
   const int32_t* to = vector_of<int32_t>(row_to_slab, "row_to_slab", qkv.rows);
   check_range(to, qkv.rows, int64_t(slabs.size()), "row_to_slab");
-  for (int64_t r = 0; r < qkv.rows; ++r) check_range(p + r, 1, std::min(views[size_t(to[r])].capacity, cos.rows), "positions");
+  for (int64_t r = 0; r < qkv.rows; ++r)
+    check_range(p + r, 1, std::min(views[size_t(to[r])].capacity, cos.rows), "positions");
   py::array q = empty(first.dtype, qkv.rows, n_heads * hd);
   rope_kv_write({static_cast<const float*>(qkv.data), qkv.rows, qkv.ld, n_heads, first.n_kv, first.head_dim,
                  static_cast<const float*>(cos.data), static_cast<const float*>(sin.data), p, q.mutable_data(),
@@ -214,8 +215,17 @@ py::array run_attention(const py::array& q_in, const std::vector<std::tuple<int6
     sequences.push_back({begin, end, keys, slab->view});
   }
   py::array out = empty(first.dtype, q.rows, q.cols);
-  const AttentionArgs args{q.data, q.ld, first.dtype, n_heads, first.n_kv, first.head_dim, scale, sequences.data(),
-                           int64_t(sequences.size()), out.mutable_data(), q.cols};
+  const AttentionArgs args{q.data,
+                           q.ld,
+                           first.dtype,
+                           n_heads,
+                           first.n_kv,
+                           first.head_dim,
+                           scale,
+                           sequences.data(),
+                           int64_t(sequences.size()),
+                           out.mutable_data(),
+                           q.cols};
   const py::gil_scoped_release release;
   attention(args);
   return out;
@@ -324,8 +334,10 @@ void bind_ops(py::module_& m) {
         py::arg("step") = 0, py::arg("positions") = py::none());
   m.def("philox_uniform", &run_philox, py::arg("seed"), py::arg("step"), py::arg("position"), py::arg("token_ids"),
         py::arg("stream") = "token");
-  m.def("activation_stride", [](int64_t cols, const std::string& dtype) { return activation_stride(cols, parse_dtype(dtype)); },
-        py::arg("cols"), py::arg("dtype"));
+  m.def(
+      "activation_stride",
+      [](int64_t cols, const std::string& dtype) { return activation_stride(cols, parse_dtype(dtype)); },
+      py::arg("cols"), py::arg("dtype"));
   m.def("set_isa", &set_isa, py::arg("name"));
   m.def("current_isa", [] { return name_of(current_isa()); });
   m.def("available_isas", [] {

@@ -14,7 +14,6 @@ namespace dllm {
 namespace {
 
 void plan_everything(int32_t length, StepPlan& out) {
-  out.full = true;
   out.rows.resize(size_t(length));
   std::iota(out.rows.begin(), out.rows.end(), 0);
 }
@@ -29,7 +28,6 @@ class PrefixCache final : public CachePolicy {
  public:
   void plan(int32_t length, const BlockView& block, int shift, StepPlan& out) const override {
     if (block.step == 0) return plan_everything(length, out);
-    out.full = false;
     out.rows.clear();
     for (int32_t p : block.positions) {
       if (p >= block.suffix_begin) break;
@@ -46,7 +44,6 @@ class DualCache final : public CachePolicy {
  public:
   void plan(int32_t length, const BlockView& block, int shift, StepPlan& out) const override {
     if (block.step == 0) return plan_everything(length, out);
-    out.full = false;
     out.rows.clear();
     for (int32_t p : block.positions) out.rows.push_back(p - shift);
   }

@@ -13,13 +13,12 @@ namespace dllm {
 // The block being decoded, as the list of its positions. The first block also owns the masked positions of the prompt.
 struct BlockView {
   std::span<const int32_t> positions;  // ascending
-  int32_t suffix_begin;                // first generated position of the block: the prefix cache recomputes from here on
-  int64_t step;                        // steps already taken in this block
+  int32_t suffix_begin;  // first generated position of the block: the prefix cache recomputes from here on
+  int64_t step;  // steps already taken in this block
 };
 
 struct StepPlan {
   std::vector<int32_t> rows;  // positions to compute, ascending
-  bool full = false;          // every position: the cache is refreshed
 };
 
 class CachePolicy {

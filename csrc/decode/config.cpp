@@ -56,7 +56,9 @@ const IllegalCombination kIllegal[] = {
      "remasking origin with num_transfer_tokens", "positions transfer independently, so their number cannot be set"},
     {[](const GenerationConfig& c) { return c.alg_temp && c.remasking == Remasking::Origin; },
      "alg_temp with remasking origin", "origin has no confidence to draw by"},
-    {[](const GenerationConfig& c) { return c.alg_temp && !uses(c, TransferRule::Steps) && !uses(c, TransferRule::Count); },
+    {[](const GenerationConfig& c) {
+       return c.alg_temp && !uses(c, TransferRule::Steps) && !uses(c, TransferRule::Count);
+     },
      "alg_temp with threshold or factor",
      "alg_temp draws a given number of positions; give steps or num_transfer_tokens"},
     {[](const GenerationConfig& c) { return c.confidence_eos_eot_inf && !by_probability(c); },
@@ -77,7 +79,8 @@ void GenerationConfig::validate() const {
   constexpr int64_t kMaxLength = int64_t(1) << 24;
   require(gen_length >= 0 && gen_length <= kMaxLength, "gen_length", gen_length, "between 0 and 16777216");
   require(block_length >= 1 && block_length <= kMaxLength, "block_length", block_length, "between 1 and 16777216");
-  if (num_transfer_tokens) require(*num_transfer_tokens >= 1, "num_transfer_tokens", *num_transfer_tokens, "at least 1");
+  if (num_transfer_tokens)
+    require(*num_transfer_tokens >= 1, "num_transfer_tokens", *num_transfer_tokens, "at least 1");
   require(temperature >= 0 && std::isfinite(temperature), "temperature", temperature, "0 or a positive number");
   if (top_p) require(*top_p > 0 && *top_p <= 1, "top_p", *top_p, "in (0, 1]");
   if (top_k) require(*top_k >= 1, "top_k", *top_k, "at least 1");

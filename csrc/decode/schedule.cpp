@@ -1,15 +1,16 @@
 #include "decode/schedule.h"
 
+#include <cmath>
+
 namespace dllm {
 
 namespace {
 
-// torch.linspace(1, eps, steps + 1)[i] in fp32: both halves are counted from their own end. This is what a GPU gives; on
-// a CPU torch's last bit depends on the width of its vectors.
+// torch.linspace(1, eps, steps + 1)[i] in fp32: both halves are counted from their own end, each in one rounding.
 float dream_time(double eps, int64_t steps, int64_t i) {
   const float start = 1.0f, end = float(eps);
   const float delta = (end - start) / float(steps);
-  return i < (steps + 1) / 2 ? start + delta * float(i) : end - delta * float(steps - i);
+  return i < (steps + 1) / 2 ? std::fma(delta, float(i), start) : std::fma(-delta, float(steps - i), end);
 }
 
 }  // namespace

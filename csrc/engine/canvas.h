@@ -12,8 +12,8 @@ namespace dllm {
 struct Canvas {
   int32_t prompt_length = 0;
   std::vector<int32_t> tokens;  // masked positions hold the mask id
-  Bitmap editable;              // positions this generation decides: the generated ones, and infills of the prompt
-  Bitmap masked;                // editable positions not yet committed
+  Bitmap editable;  // positions this generation decides: the generated ones, and infills of the prompt
+  Bitmap masked;  // editable positions not yet committed
 
   int32_t length() const { return int32_t(tokens.size()); }
 };

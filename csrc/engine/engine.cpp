@@ -27,8 +27,7 @@ Engine::Engine(const std::string& folder, DType dtype, const LoadProgress& progr
 
 Engine::Engine(std::unique_ptr<Checkpoint> checkpoint, DType dtype, const LoadProgress& progress)
     : spec_(ModelSpec::from_config(checkpoint->config_text(), checkpoint->config_path())),
-      weights_(load_weights(spec_, std::move(checkpoint), dtype, progress)),
-      transformer_(spec_, weights_) {}
+      weights_(load_weights(spec_, std::move(checkpoint), dtype, progress)), transformer_(spec_, weights_) {}
 
 void Engine::check_prompt(size_t index, const std::vector<int32_t>& prompt, const GenerationConfig& config,
                           bool infill) const {
@@ -66,8 +65,8 @@ std::vector<Result> Engine::generate(const std::vector<std::vector<int32_t>>& pr
   size_t next = 0;
   while (next < prompts.size() || !active.empty()) {
     for (; next < prompts.size() && int64_t(active.size()) < options.batch_size; ++next) {
-      active.push_back(std::make_unique<Sequence>(int64_t(next), prompts[next], options.infill, config, spec_,
-                                                  weights_.dtype));
+      active.push_back(
+          std::make_unique<Sequence>(int64_t(next), prompts[next], options.infill, config, spec_, weights_.dtype));
       index_of.push_back(next);
     }
     for (size_t i = 0; i < active.size();) {

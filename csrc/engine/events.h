@@ -14,7 +14,7 @@ struct StepEvent {
   std::vector<int32_t> positions;  // committed by this step, absolute, ascending
   std::vector<int32_t> token_ids;
   int64_t rows;  // computed for this sequence
-  bool is_full;  // every position was computed
+  bool is_full;  // every position was computed: the cache is fresh
 };
 
 // Returns false to stop the whole generate() call, which then throws Interrupted.

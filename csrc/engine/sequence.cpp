@@ -97,7 +97,8 @@ void Sequence::commit(const ops::RowStats* stats, StepStats counters, StepEvent&
   for (size_t i = 0; i < eligible_.size(); ++i)
     proposals.push_back(propose(config_, spec_, eligible_[i], at_.step, stats[i]));
 
-  event = {index_, int64_t(at_.step), block_, {}, {}, int64_t(plan_.rows.size()), plan_.full};
+  const int64_t rows = int64_t(plan_.rows.size());
+  event = {index_, int64_t(at_.step), block_, {}, {}, rows, rows == canvas_.length()};
   for (int32_t i : select_transfers(config_, at_, proposals)) {
     const Proposal& p = proposals[size_t(i)];
     canvas_.tokens[size_t(p.position)] = p.token;

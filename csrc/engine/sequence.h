@@ -52,11 +52,11 @@ class Sequence {
 
   int64_t block_ = -1;
   std::vector<int32_t> block_positions_;  // ascending
-  int32_t block_begin_ = 0;               // first generated position
+  int32_t block_begin_ = 0;  // first generated position
   StepPosition at_{};
   StepPlan plan_;
   std::vector<int32_t> eligible_;  // masked positions that this step may commit, ascending
-  int32_t first_stop_;             // lowest generated position with a committed stop id, or the canvas length
+  int32_t first_stop_;  // lowest generated position with a committed stop id, or the canvas length
 
   std::vector<int64_t> commit_step_;  // per position
   Result result_;

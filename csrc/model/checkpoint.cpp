@@ -21,8 +21,8 @@ bool exists(const std::string& path) {
 
 size_t element_bytes(const std::string& dtype) {
   static const std::map<std::string, size_t> sizes = {
-      {"BOOL", 1}, {"U8", 1},  {"I8", 1},   {"F8_E4M3", 1}, {"F8_E5M2", 1}, {"I16", 2}, {"U16", 2},
-      {"F16", 2},  {"BF16", 2}, {"I32", 4}, {"U32", 4},     {"F32", 4},     {"I64", 8}, {"U64", 8}, {"F64", 8}};
+      {"BOOL", 1}, {"U8", 1},  {"I8", 1},  {"F8_E4M3", 1}, {"F8_E5M2", 1}, {"I16", 2}, {"U16", 2}, {"F16", 2},
+      {"BF16", 2}, {"I32", 4}, {"U32", 4}, {"F32", 4},     {"I64", 8},     {"U64", 8}, {"F64", 8}};
   const auto it = sizes.find(dtype);
   return it == sizes.end() ? 0 : it->second;
 }
@@ -46,7 +46,8 @@ CheckpointTensor parse_entry(const Json& entry, const std::string& what, const M
   size_t bytes = element;
   for (const Json& d : shape->as_array(what + " shape")) {
     const int64_t n = d.as_integer(what + " shape");
-    if (n < 0 || __builtin_mul_overflow(bytes, size_t(n), &bytes)) fail<CheckpointError>(what, " has an impossible shape");
+    if (n < 0 || __builtin_mul_overflow(bytes, size_t(n), &bytes))
+      fail<CheckpointError>(what, " has an impossible shape");
     t.shape.push_back(n);
   }
   const auto& range = offsets->as_array(what + " data_offsets");

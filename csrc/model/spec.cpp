@@ -26,17 +26,47 @@ struct FamilyTable {
 };
 
 constexpr FamilyTable kFamilies[] = {
-    {Family::LLaDA, "llada", "d_model", "n_layers", "n_heads", "n_kv_heads", "mlp_hidden_size", "max_sequence_length",
-     "embedding_size", "weight_tying", "model.transformer.wte", "model.transformer.ln_f", "model.transformer.ff_out",
+    {Family::LLaDA,
+     "llada",
+     "d_model",
+     "n_layers",
+     "n_heads",
+     "n_kv_heads",
+     "mlp_hidden_size",
+     "max_sequence_length",
+     "embedding_size",
+     "weight_tying",
+     "model.transformer.wte",
+     "model.transformer.ln_f",
+     "model.transformer.ff_out",
      "model.transformer.blocks.",
      {"attn_norm", "q_proj", "k_proj", "v_proj", "attn_out", "ff_norm", "ff_proj", "up_proj", "ff_out"},
-     true, 0, 126464, 126336, 126348},
-    {Family::Dream, "Dream", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-     "intermediate_size", "max_position_embeddings", "vocab_size", "tie_word_embeddings", "model.embed_tokens",
-     "model.norm", "lm_head", "model.layers.",
+     true,
+     0,
+     126464,
+     126336,
+     126348},
+    {Family::Dream,
+     "Dream",
+     "hidden_size",
+     "num_hidden_layers",
+     "num_attention_heads",
+     "num_key_value_heads",
+     "intermediate_size",
+     "max_position_embeddings",
+     "vocab_size",
+     "tie_word_embeddings",
+     "model.embed_tokens",
+     "model.norm",
+     "lm_head",
+     "model.layers.",
      {"input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
       "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"},
-     false, 1, 152064, 151666, 151645},
+     false,
+     1,
+     152064,
+     151666,
+     151645},
 };
 
 const FamilyTable& table_of(Family f) { return kFamilies[int(f)]; }
@@ -78,15 +108,15 @@ class ConfigReader {
   void require_string(const char* key, const char* wanted) const {
     const Json* v = get(key);
     if (v && v->as_string(label(key)) != wanted)
-      fail<CheckpointError>(label(key), " = \"", v->as_string(label(key)), "\" is not supported (only \"", wanted, "\")");
+      fail<CheckpointError>(label(key), " = \"", v->as_string(label(key)), "\" is not supported (only \"", wanted,
+                            "\")");
   }
   void require_absent(const char* key, const char* why) const {
     if (get(key)) fail<CheckpointError>(label(key), " is set: ", why);
   }
 
   int64_t in_range(const char* key, int64_t v, int64_t low, int64_t high) const {
-    if (v < low || v > high)
-      fail<CheckpointError>(label(key), " = ", v, " must be between ", low, " and ", high);
+    if (v < low || v > high) fail<CheckpointError>(label(key), " = ", v, " must be between ", low, " and ", high);
     return v;
   }
 
@@ -197,8 +227,7 @@ ModelNames names_of(const ModelSpec& spec) {
   for (int l = 0; l < spec.n_layers; ++l) {
     const std::string p = f.layer_prefix + std::to_string(l) + ".";
     const auto& n = f.layer;
-    names.layers.push_back(
-        {p + n[0], p + n[1], p + n[2], p + n[3], p + n[4], p + n[5], p + n[6], p + n[7], p + n[8]});
+    names.layers.push_back({p + n[0], p + n[1], p + n[2], p + n[3], p + n[4], p + n[5], p + n[6], p + n[7], p + n[8]});
   }
   return names;
 }

@@ -141,8 +141,8 @@ void Transformer::attention_and_mlp(const LayerWeights& w, int layer, const Step
   for (int64_t r = 0; r < rows_; r += kRowChunk) {
     const int64_t n = std::min(kRowChunk, rows_ - r);
     ops::linear({&w.gate_up, row_ptr(h_.data, h_.ld, t, r), n, h_.ld, m.data, m.ld, t, ops::Epilogue::SiluMul});
-    ops::linear({&w.down, m.data, n, m.ld, row_ptr(x_.data, x_.ld, DType::F32, r), x_.ld, DType::F32,
-                 ops::Epilogue::AddTo});
+    ops::linear(
+        {&w.down, m.data, n, m.ld, row_ptr(x_.data, x_.ld, DType::F32, r), x_.ld, DType::F32, ops::Epilogue::AddTo});
   }
 }
 

@@ -22,7 +22,7 @@ namespace dllm {
 struct StepInput {
   struct Sequence {
     int64_t row_begin, row_end;
-    int64_t n_keys;                     // slots that hold a position of this sequence
+    int64_t n_keys;  // slots that hold a position of this sequence
     std::span<const ops::KvSlab> slabs;  // one per layer
   };
   std::vector<int32_t> tokens, positions;  // [rows]

@@ -14,12 +14,12 @@
 namespace dllm {
 
 struct LayerWeights {
-  Buffer attn_norm;            // fp32 [d]
-  ops::PackedLinear qkv;       // [(n_heads + 2 n_kv) head_dim, d] and its bias
+  Buffer attn_norm;  // fp32 [d]
+  ops::PackedLinear qkv;  // [(n_heads + 2 n_kv) head_dim, d] and its bias
   ops::PackedLinear attn_out;  // [d, n_heads head_dim]
-  Buffer ffn_norm;             // fp32 [d]
-  ops::PackedLinear gate_up;   // [2 mlp, d], interleaved
-  ops::PackedLinear down;      // [d, mlp]
+  Buffer ffn_norm;  // fp32 [d]
+  ops::PackedLinear gate_up;  // [2 mlp, d], interleaved
+  ops::PackedLinear down;  // [d, mlp]
 };
 
 struct Weights {
@@ -27,7 +27,7 @@ struct Weights {
   const void* embedding = nullptr;  // [vocab, d], owned by `checkpoint` or by `embedding_copy`
   DType embedding_dtype = DType::F32;
   std::vector<LayerWeights> layers;
-  Buffer final_norm;       // fp32 [d]
+  Buffer final_norm;  // fp32 [d]
   ops::PackedLinear head;  // [vocab, d]
   std::unique_ptr<Checkpoint> checkpoint;
   Buffer embedding_copy;

@@ -13,7 +13,7 @@ namespace dllm::ops {
 
 struct AttentionSequence {
   int64_t row_begin, row_end;  // packed rows of this sequence
-  int64_t n_keys;              // positions [0, n_keys) are attended
+  int64_t n_keys;  // positions [0, n_keys) are attended
   KvSlab slab;
 };
 

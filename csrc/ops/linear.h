@@ -22,8 +22,8 @@ struct PackedLinear {
   int64_t n = 0, k = 0;  // output columns, input columns
   DType dtype = DType::F32;
   bool gate_up = false;  // panels hold 16 gate columns then the same 16 up columns; n counts both
-  Buffer weight;         // see above
-  Buffer bias;           // fp32 [n padded], or empty
+  Buffer weight;  // see above
+  Buffer bias;  // fp32 [n padded], or empty
 
   int64_t panels() const { return (n + kPanel - 1) / kPanel; }
   int64_t k_padded() const { return dtype == DType::BF16 ? (k + 1) / 2 * 2 : k; }
@@ -42,8 +42,8 @@ PackedLinear pack_linear(const WeightSource* sources, int count, DType dtype);
 PackedLinear pack_gate_up(const WeightSource& gate, const WeightSource& up, DType dtype);
 
 enum class Epilogue {
-  Store,    // out[r, j]  = (x W^T + b)[r, j]
-  AddTo,    // out[r, j] += (x W^T + b)[r, j]            out is F32: the residual stream
+  Store,  // out[r, j]  = (x W^T + b)[r, j]
+  AddTo,  // out[r, j] += (x W^T + b)[r, j]            out is F32: the residual stream
   SiluMul,  // out[r, j]  = silu(gate[r, j]) * up[r, j]  w.gate_up, out has n / 2 columns
 };
 

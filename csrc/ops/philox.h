@@ -8,13 +8,13 @@
 namespace dllm {
 
 enum class NoiseStream : uint32_t {
-  Token = 0,      // one draw per vocabulary id: which token
+  Token = 0,  // one draw per vocabulary id: which token
   Selection = 1,  // token id 0: which position
 };
 
 struct NoiseKey {
   uint64_t seed;
-  uint32_t step;      // the sequence's own forward index
+  uint32_t step;  // the sequence's own forward index
   uint32_t position;  // absolute position, prompt included
 };
 

@@ -14,18 +14,18 @@ namespace dllm::ops {
 struct RowStats {
   int32_t top1_id = -1, top2_id = -1;  // best and second best ids other than the mask id; -1: there is none
   float top1_logit = 0, top2_logit = 0;
-  double log_sum_exp = 0;     // over every id that is not banned or filtered (logit -inf)
-  double entropy = 0;         // -sum p ln p, in nats
-  int32_t sampled_id = -1;    // argmax of logit + noise_scale * gumbel; the same as top1_id where noise_scale is 0
-  float sampled_logit = 0;    // its logit without the noise
-  bool finite = true;         // no NaN and no +inf among the logits, and at least one proposable id
+  double log_sum_exp = 0;  // over every id that is not banned or filtered (logit -inf)
+  double entropy = 0;  // -sum p ln p, in nats
+  int32_t sampled_id = -1;  // argmax of logit + noise_scale * gumbel; the same as top1_id where noise_scale is 0
+  float sampled_logit = 0;  // its logit without the noise
+  bool finite = true;  // no NaN and no +inf among the logits, and at least one proposable id
 };
 
 struct RowStatsParams {
   int32_t mask_id = -1;
-  int32_t banned_id = -1;     // logit taken as -inf (logits_eos_inf), -1: none
-  float temperature = 1.0f;   // logits are divided by this first (the Dream schedule); 1: untouched, bit for bit
-  double noise_scale = 0.0;   // > 0: Gumbel noise of stream Token times this, added in fp64
+  int32_t banned_id = -1;  // logit taken as -inf (logits_eos_inf), -1: none
+  float temperature = 1.0f;  // logits are divided by this first (the Dream schedule); 1: untouched, bit for bit
+  double noise_scale = 0.0;  // > 0: Gumbel noise of stream Token times this, added in fp64
 };
 
 // Statistics of rows of given logits [rows, vocab] (fp32; -inf marks a filtered id); keys [rows] is read only if

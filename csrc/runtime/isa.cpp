@@ -43,7 +43,8 @@ Isa parse(const std::string& name) {
   if (name == "auto") return best_isa();
   for (Isa isa : kAll) {
     if (name != name_of(isa)) continue;
-    if (!supported(isa)) fail<ConfigError>("instruction set ", name, " is not available; the best is ", name_of(best_isa()));
+    if (!supported(isa))
+      fail<ConfigError>("instruction set ", name, " is not available; the best is ", name_of(best_isa()));
     return isa;
   }
   fail<ConfigError>("unknown instruction set \"", name, "\": auto, portable, avx2, avx512 or avx512_bf16");

@@ -51,8 +51,8 @@ std::string message_of(F&& f, const char* file, int line) {
 
 }  // namespace dllm::test
 
-#define TEST(name)                                                       \
-  static void test_##name();                                             \
+#define TEST(name)                                                         \
+  static void test_##name();                                               \
   static const ::dllm::test::Register register_##name{#name, test_##name}; \
   static void test_##name()
 
@@ -60,7 +60,7 @@ std::string message_of(F&& f, const char* file, int line) {
   if (!(condition)) ::dllm::test::fail_at(__FILE__, __LINE__, #condition)
 #define CHECK_EQ(a, b) ::dllm::test::check_equal(a, b, #a " == " #b, __FILE__, __LINE__)
 // CHECK_THROWS(ConfigError, "threshold", config.validate()): throws it, and the message holds the word.
-#define CHECK_THROWS(E, word, ...)                                                                                \
-  if (const std::string m = ::dllm::test::message_of<E>([&] { __VA_ARGS__; }, __FILE__, __LINE__);               \
-      m.find(word) == m.npos)                                                                                     \
+#define CHECK_THROWS(E, word, ...)                                                                 \
+  if (const std::string m = ::dllm::test::message_of<E>([&] { __VA_ARGS__; }, __FILE__, __LINE__); \
+      m.find(word) == m.npos)                                                                      \
   ::dllm::test::fail_at(__FILE__, __LINE__, "message without \"" + std::string(word) + "\": " + m)

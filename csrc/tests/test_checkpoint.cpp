@@ -35,8 +35,8 @@ TEST(json_reads_values_and_escapes) {
 }
 
 TEST(json_refuses_malformed_text) {
-  for (const char* text : {"", "{", "[1,]", "{\"a\" 1}", "{\"a\":1,}", "tru", "1 2", "\"\\q\"", "\"\\ud800\"", "\"\\u12\"",
-                           "\"\x01\"", "[1", "\"abc", "+1", ".5", "{a:1}", "nul"})
+  for (const char* text : {"", "{", "[1,]", "{\"a\" 1}", "{\"a\":1,}", "tru", "1 2", "\"\\q\"", "\"\\ud800\"",
+                           "\"\\u12\"", "\"\x01\"", "[1", "\"abc", "+1", ".5", "{a:1}", "nul"})
     CHECK_THROWS(CheckpointError, "not valid JSON", Json::parse(text, "t"));
   CHECK_THROWS(CheckpointError, "nested too deeply", Json::parse(std::string(100000, '['), "t"));
 }
@@ -102,7 +102,8 @@ TEST(config_errors_name_the_key) {
   CHECK_THROWS(CheckpointError, "n_heads", parse_config(changed("\"n_heads\": 2", "\"n_heads\": 0")));
   CHECK_THROWS(CheckpointError, "multiple", parse_config(changed("\"d_model\": 32", "\"d_model\": 33")));
   CHECK_THROWS(CheckpointError, "n_kv_heads", parse_config(changed("\"n_kv_heads\": 2", "\"n_kv_heads\": 3")));
-  CHECK_THROWS(CheckpointError, "mask_token_id", parse_config(changed("\"mask_token_id\": 1", "\"mask_token_id\": 70")));
+  CHECK_THROWS(CheckpointError, "mask_token_id",
+               parse_config(changed("\"mask_token_id\": 1", "\"mask_token_id\": 70")));
   CHECK_THROWS(CheckpointError, "whole number", parse_config(changed("\"vocab_size\": 70", "\"vocab_size\": 7.5")));
 }
 

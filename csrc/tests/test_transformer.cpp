@@ -61,7 +61,8 @@ std::vector<float> logits(Transformer& t, const StepInput& in, int64_t vocab) {
   int64_t ld = 0;
   const float* l = t.logits(ld);
   std::vector<float> out;
-  for (size_t r = 0; r < in.out_rows.size(); ++r) out.insert(out.end(), l + int64_t(r) * ld, l + int64_t(r) * ld + vocab);
+  for (size_t r = 0; r < in.out_rows.size(); ++r)
+    out.insert(out.end(), l + int64_t(r) * ld, l + int64_t(r) * ld + vocab);
   return out;
 }
 

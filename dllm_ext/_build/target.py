@@ -1,7 +1,7 @@
 """What dllm_ext is built against: the torch and the Python of the environment it is installed into.
 
-With build isolation, pip runs a build with the target environment's interpreter but hides its site-packages, so torch is
-looked for twice: among what this process can import, then among what the same interpreter can import without pip's
+With build isolation, pip runs a build with the target environment's interpreter but hides its site-packages, so torch
+is looked for twice: among what this process can import, then among what the same interpreter can import without pip's
 isolation. Torch is never imported here: its headers, libraries and version.py are enough.
 
     python dllm_ext/_build/target.py     prints the answers as CMake code, for CMakeLists.txt
@@ -147,7 +147,9 @@ def find_tool(name: str, minimum: tuple[int, ...] = ()) -> str | None:
 
 
 def build_requirements() -> list[str]:
-    """What the target environment lacks for a build."""
+    """What a build lacks and pip can fetch. What it cannot fetch is said here, before torch is under way."""
+    require_compiler()
+    python_include()
     needed = []
     if find_torch() is None:
         needed.append(f"torch>={'.'.join(map(str, MIN_TORCH))}")

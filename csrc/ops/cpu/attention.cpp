@@ -13,9 +13,6 @@ namespace dllm::ops {
 namespace {
 
 constexpr int64_t kChunk = 256;  // keys per step of the online softmax: fixed, so that a row's result is too
-// Scores in fp32 are summed in blocks of this many terms: one chain over a head of 128 would be three times less accurate
-// than PyTorch's several. In bf16, rounding the result hides that.
-constexpr int64_t kScoreBlock = 32;
 constexpr int64_t kTile = 32;    // query rows (times heads of a group) per task
 
 // Query rows [begin, end) of one sequence and KV head; with grouped heads, "row" counts (row, head of the group).
@@ -71,7 +68,6 @@ void run(const AttentionArgs& args, const Task& task, Scratch& s) {
   const int64_t n_keys = task.sequence->n_keys, rows = task.end - task.begin;
   const bool bf16 = args.dtype == DType::BF16, bf16_a = bf16 && kernels.bf16_a;
   const int64_t size = int64_t(size_of(args.dtype)), a_size = bf16_a ? 2 : 4;
-  const int64_t score_block = bf16 ? hd : kScoreBlock;
   const auto gemm = bf16 ? kernels.gemm_bf16 : kernels.gemm_f32;
   // Element offset of a row's head in q and out.
   const auto at = [&](int64_t row, int64_t ld) {
@@ -91,9 +87,7 @@ void run(const AttentionArgs& args, const Task& task, Scratch& s) {
   for (int64_t key = 0; key < n_keys; key += kChunk) {
     const int64_t n = std::min(kChunk, n_keys - key);
     for (int64_t j = 0; j < n; j += kPanel)
-      for (int64_t i = 0; i < hd; i += score_block)
-        gemm(rows, std::min(score_block, hd - i), static_cast<const char*>(s.q) + i * a_size, hd,
-             k + ((key + j) * hd + i * kPanel) * size, s.scores + j, Scratch::ld_scores, i > 0);
+      gemm(rows, hd, s.q, hd, k + (key + j) * hd * size, s.scores + j, Scratch::ld_scores, false);
     kernels.softmax_chunk({rows, n, s.scores, Scratch::ld_scores, bf16_a ? s.bf16 : nullptr, Scratch::ld_bf16,
                            args.scale, key == 0, s.max, s.sum, s.acc, hd_pad, hd_pad});
     const void* p = bf16_a ? static_cast<const void*>(s.bf16) : s.scores;

@@ -12,10 +12,9 @@ namespace dllm::ops::cpu {
 
 // Columns of the right-hand side's panels (see linear.h and kv_layout.h), and the widest padding of a row of scores.
 inline constexpr int64_t kColumns = 32;
-// GEMMs accumulate blocks of this many bytes of a panel's column along K, each from zero, and add the blocks up in order:
-// the error grows with the square root of the block plus that of the number of blocks, and a block of the panel (32 KiB)
-// stays close to the core while all rows pass over it.
-inline constexpr int64_t kBlockBytes = 1024;
+// A GEMM's call per block of K: this many bytes of a panel's column, so that the block of the panel (128 KiB) stays in L2
+// while all rows pass over it.
+inline constexpr int64_t kBlockBytes = 4096;
 
 // What a tile of a row's logits adds to its statistics; merged in tile order (row_stats.cpp).
 struct TileStats {
@@ -23,22 +22,30 @@ struct TileStats {
   bool finite;
   int32_t top1_id, top2_id;  // -1: none
   float top1, top2;
-  double sum;           // sum of exp(x - max)
+  double sum;  // sum of exp(x - max)
   double weighted_sum;  // sum of exp(x - max) * (x - max)
 };
 
 // One chunk of an online softmax over `rows` rows of scores [rows, >= n rounded up to 32].
 struct SoftmaxChunk {
   int64_t rows, n;  // n valid columns
-  float* scores;    // overwritten: exp(scale * score - running max), zero from n to n rounded up to 32
+  float* scores;  // overwritten: exp(scale * score - running max), zero from n to n rounded up to 32
   int64_t lds;
   uint16_t* bf16;  // the same, rounded to bf16; or null
   int64_t ldb;
   float scale;
   bool first;
   float *max, *sum;  // [rows], running
-  float* acc;        // [rows, width]: rescaled to the new maximum, unless `first`
+  float* acc;  // [rows, width]: rescaled to the new maximum, unless `first`
   int64_t lda, width;
+};
+
+// The draws of ids [first_id, first_id + n) of one position (see philox.h; stream Token).
+struct DrawArgs {
+  uint64_t seed;
+  uint32_t step, position, first_id;
+  int64_t n;
+  uint64_t least;  // of the 52 random bits
 };
 
 enum class Write { Store, AddTo, SiluMul };
@@ -46,16 +53,16 @@ enum class Write { Store, AddTo, SiluMul };
 struct WriteArgs {
   Write what;
   int64_t rows, columns;  // columns of the output: up to 32, SiluMul up to 16
-  const float* c;         // [rows, 32]
-  const float* bias;      // [32] or null
+  const float* c;  // [rows, 32]
+  const float* bias;  // [32] or null
   void* out;
   int64_t ldo;
   bool bf16;
 };
 
 struct RotateArgs {
-  const float* x;            // [head_dim]
-  const float *cos, *sin;    // [head_dim / 2]
+  const float* x;  // [head_dim]
+  const float *cos, *sin;  // [head_dim / 2]
   int64_t half;
   float* out;  // [head_dim]
 };
@@ -81,6 +88,8 @@ struct Kernels {
   // first_id is the id of column 0.
   void (*tile_stats)(float* x, int64_t n, const float* bias, float temperature, int64_t banned, int64_t masked,
                      int32_t first_id, TileStats* out);
+  // The columns, relative to first_id and ascending, whose draw's 52 bits are at least `least`; returns how many.
+  int64_t (*draws_from)(const DrawArgs& args, int32_t* columns);
 };
 
 const Kernels& kernels();  // of current_isa()

@@ -49,8 +49,13 @@ void linear(const LinearArgs& args) {
       cpu::gemm_panel(x, w.dtype, row, rows, w.k, w.weight.as<char>() + panel * panel_bytes, c, kPanel);
 
       const int64_t column = panel * width;
-      cpu::WriteArgs out{write_of(args.epilogue), rows, std::min(width, columns - column), c, nullptr,
-                         static_cast<char*>(args.out) + (row * args.ldo + column) * out_size, args.ldo,
+      cpu::WriteArgs out{write_of(args.epilogue),
+                         rows,
+                         std::min(width, columns - column),
+                         c,
+                         nullptr,
+                         static_cast<char*>(args.out) + (row * args.ldo + column) * out_size,
+                         args.ldo,
                          args.out_dtype == DType::BF16};
       if (w.bias.bytes()) out.bias = w.bias.as<float>() + panel * kPanel;
       write(out);

@@ -1,5 +1,7 @@
 // Weights from a checkpoint's row-major matrices into the kernel's panels (linear.h).
 #include <algorithm>
+#include <cstring>
+#include <type_traits>
 
 #include "ops/linear.h"
 #include "runtime/error.h"
@@ -24,22 +26,41 @@ SourceRow stacked_row(const WeightSource* sources, int count, int64_t index) {
   return {nullptr, DType::F32};
 }
 
-template <class To>
-To convert(SourceRow row, int64_t i) {
-  if constexpr (sizeof(To) == 2) {
-    return row.dtype == DType::BF16 ? static_cast<const uint16_t*>(row.data)[i]
-                                    : float_to_bf16(static_cast<const float*>(row.data)[i]);
+template <class To, class From>
+To convert(From x) {
+  if constexpr (std::is_same_v<To, From>)
+    return x;
+  else if constexpr (std::is_same_v<To, float>)
+    return bf16_to_float(x);
+  else
+    return float_to_bf16(x);
+}
+
+// Terms [begin, end) of one source row into column `column` of a panel. In bf16 pairs along K lie side by side; `begin`
+// is even.
+template <class To, class From>
+void pack_column(const void* row, int64_t begin, int64_t end, int column, To* panel) {
+  const From* from = static_cast<const From*>(row);
+  if constexpr (sizeof(To) == 4) {
+    To* to = panel + column;
+    for (int64_t i = begin; i < end; ++i) to[i * kPanel] = convert<To>(from[i]);
   } else {
-    return row.dtype == DType::BF16 ? bf16_to_float(static_cast<const uint16_t*>(row.data)[i])
-                                    : static_cast<const float*>(row.data)[i];
+    To* to = panel + column * 2;
+    int64_t i = begin;
+    for (; i + 2 <= end; i += 2) {
+      const To pair[2] = {convert<To>(from[i]), convert<To>(from[i + 1])};
+      std::memcpy(to + i * kPanel, pair, sizeof pair);
+    }
+    if (i < end) to[i * kPanel] = convert<To>(from[i]);
   }
 }
 
-// One source row into column `column` of a panel. `pair` terms along K lie side by side.
-template <class To, int kPair>
+template <class To>
 void pack_column(SourceRow row, int64_t begin, int64_t end, int column, To* panel) {
-  for (int64_t i = begin; i < end; ++i)
-    panel[i / kPair * kPair * kPanel + column * kPair + i % kPair] = convert<To>(row, i);
+  if (row.dtype == DType::F32)
+    pack_column<To, float>(row.data, begin, end, column, panel);
+  else
+    pack_column<To, uint16_t>(row.data, begin, end, column, panel);
 }
 
 // row_of(panel, column) names the source row of a panel's column; its data is null in the padding.
@@ -62,9 +83,9 @@ PackedLinear pack(int64_t n, int64_t k, DType dtype, const RowOf& row_of) {
                        if (!row.data) continue;
                        const int64_t stop = std::min(k, i + kBlock);
                        if (dtype == DType::F32)
-                         pack_column<float, 1>(row, i, stop, c, w.weight.as<float>() + p * panel_elements);
+                         pack_column(row, i, stop, c, w.weight.as<float>() + p * panel_elements);
                        else
-                         pack_column<uint16_t, 2>(row, i, stop, c, w.weight.as<uint16_t>() + p * panel_elements);
+                         pack_column(row, i, stop, c, w.weight.as<uint16_t>() + p * panel_elements);
                      }
                });
   return w;

@@ -58,8 +58,13 @@ Sample sample_tile(const float* x, int64_t n, int32_t first_id, const cpu::TileS
     raise(score);
   };
   draw(stats.top1_id - first_id);  // most likely the best: the others then rarely need their logarithms
-  for (int32_t column = 0; column < int32_t(n); ++column)
-    if (x[column] > -std::numeric_limits<float>::infinity()) draw(column);
+  // u = (bits + 1/2) 2^-52 >= threshold if bits >= threshold 2^52 - 1/2, rounded down.
+  const auto least = uint64_t(std::max(0.0, std::floor(threshold * 0x1p52 - 0.5)));
+  int32_t columns[kTile];
+  const int64_t count =
+      cpu::kernels().draws_from({key.seed, key.step, key.position, uint32_t(first_id), n, least}, columns);
+  for (int64_t i = 0; i < count; ++i)
+    if (x[columns[i]] > -std::numeric_limits<float>::infinity()) draw(columns[i]);
   return best;
 }
 

@@ -17,18 +17,14 @@ void softmax_chunk(const SoftmaxChunk& args) {
     for (int64_t i = args.n; i < padded; ++i) x[i] = -kInf;  // scale is positive: stays -inf
 
     vf highest = splat(-kInf);
-    for (int64_t i = 0; i < padded; i += W) {
-      const vf v = load(x + i) * scale;
-      store(x + i, v);
-      highest = max(highest, v);
-    }
-    float m = max_of(highest);
+    for (int64_t i = 0; i < padded; i += W) highest = max(highest, load(x + i));
+    float m = max_of(highest) * args.scale;
     const float before = args.first ? m : args.max[r];
     if (before > m) m = before;
 
     vf total = {};
     for (int64_t i = 0; i < padded; i += W) {
-      const vf e = exp(load(x + i) - splat(m));
+      const vf e = exp(fma(load(x + i), scale, splat(-m)));
       total += e;
       store(x + i, e);
       if (args.bf16) store_bf16(args.bf16 + r * args.ldb + i, e);
