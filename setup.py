@@ -22,8 +22,9 @@ DEPENDENCIES = [
     "huggingface_hub",
     "numpy",
     "rich",
+    "safetensors",
     "transformers>=4.46",
-    "typer",
+    "typer>=0.15",
 ]
 
 
@@ -57,21 +58,25 @@ class CMakeBuild(build_ext):
             configure += [f"-DPython_EXECUTABLE={sys.executable}", *shlex.split(os.environ.get("DLLM_CMAKE_ARGS", ""))]
             run(configure)
             jobs = os.environ.get("MAX_JOBS")
-            run([ninja, "-C", build, *(["-j", jobs] if jobs else []), "package"])
+            goals = ["package", "tools"] if self.in_place() else ["package"]
+            run([ninja, "-C", build, *(["-j", jobs] if jobs else []), *goals])
             self.install(build / "package")
         # A second name for the folder built last, to type: ninja -C build/current
         current = ROOT / "build" / "current"
         current.unlink(missing_ok=True)
         current.symlink_to(build.name)
 
+    def in_place(self) -> bool:
+        """For `pip install -e`: the package stays here, and the native tools are wanted too (build/current/bin)."""
+        return self.inplace or self.editable_mode
+
     def install(self, built: Path) -> None:
-        inplace = self.inplace or self.editable_mode
-        package = ROOT / "dllm_ext" if inplace else Path(self.build_lib) / "dllm_ext"
+        package = ROOT / "dllm_ext" if self.in_place() else Path(self.build_lib) / "dllm_ext"
         package.mkdir(parents=True, exist_ok=True)
         for source in built.iterdir():
             destination = package / source.name
             destination.unlink(missing_ok=True)
-            if inplace:  # a link, so that `ninja` alone updates an editable install
+            if self.in_place():  # a link, so that `ninja` alone updates an editable install
                 destination.symlink_to(os.path.relpath(source, package))
             else:
                 shutil.copy2(source, destination)

@@ -443,8 +443,8 @@ def test_events_rebuild_the_result(engine):
         assert [len(e.positions) for e in own] == result.stats.commits
         length = len(prompts[index])
         first_of_block = [i == 0 or own[i - 1].block != e.block for i, e in enumerate(own)]
-        assert [e.is_full for e in own] == first_of_block
-        assert all(e.rows == length + 9 for e in own if e.is_full)
+        assert [e.is_full for e in own] == [e.rows == length + 9 for e in own]
+        assert all(e.is_full for e, first in zip(own, first_of_block, strict=True) if first)
         tokens, steps = [None] * 9, [None] * 9
         for e in own:
             for position, token in zip(e.positions, e.token_ids, strict=True):
