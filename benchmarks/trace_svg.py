@@ -22,11 +22,12 @@ def main():
     p.add_argument("--model", default="mini-llada")
     p.add_argument("--prompt", default=QUESTION)
     p.add_argument("--gen-length", type=int, default=64)
+    p.add_argument("--num-transfer-tokens", type=int, default=3, help="tokens committed at each step")
     p.add_argument("--frames", type=int, default=5)
     args = p.parse_args()
 
     engine = Engine.from_pretrained(args.model)
-    config = GenerationConfig(gen_length=args.gen_length)
+    config = GenerationConfig(gen_length=args.gen_length, num_transfer_tokens=args.num_transfer_tokens)
     ids = engine.encode(args.prompt)
     canvas = Canvas(engine, ids, config.gen_length, infill=False)
     frames = []

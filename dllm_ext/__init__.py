@@ -2,7 +2,7 @@
 
 >>> from dllm_ext import Engine
 >>> engine = Engine.from_pretrained("mini-llada")
->>> engine.generate("Tom has 3 apples and buys 4 more. How many apples does Tom have?").text
+>>> engine.generate("Tom has 3 apples. He buys 4 more. How many apples does Tom have now?").text
 """
 
 from .errors import *  # noqa: F403
@@ -18,7 +18,7 @@ def _require_build():
     try:
         from ._build_info import TORCH_VERSION, VERSION
 
-        if torch.__version__ != TORCH_VERSION:
+        if torch.__version__.split("+")[0] != TORCH_VERSION.split("+")[0]:  # +cpu and +cu130 share their C++ symbols
             raise BuildError(
                 f"dllm_ext was built for torch {TORCH_VERSION}, but torch {torch.__version__} is installed: re{advice}"
             )

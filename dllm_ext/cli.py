@@ -33,7 +33,7 @@ Device = Annotated[str, typer.Option(help="auto or cpu.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Watch = Annotated[bool, typer.Option("--watch", help="Show the canvas filling in, coloured by step (in a terminal).")]
 
-BENCH_PROMPT = "Tom has 3 apples and buys 4 more. How many apples does Tom have?"
+BENCH_PROMPT = "Tom has 3 apples. He buys 4 more. How many apples does Tom have now?"
 
 
 def main(args: list[str] | None = None) -> None:

@@ -126,8 +126,10 @@ def test_float16_weights_are_refused(tmp_path):
 def test_bundled_model_answers():
     engine = Engine.from_pretrained("mini-llada")
     assert engine.spec.family == "llada" and engine.tokenizer.has_chat_template
-    result = engine.generate("Tom has 3 apples and buys 4 more. How many apples does Tom have?", gen_length=64)
-    assert isinstance(result.text, str) and len(result.token_ids) == 64
+    question = "Tom has 3 apples. He buys 4 more. How many apples does Tom have now?"
+    for cache in ("none", "prefix", "dual"):
+        result = engine.generate(question, gen_length=64, cache=cache)
+        assert result.text.endswith("#### 7") and len(result.token_ids) == 64
 
 
 class Terminal:
