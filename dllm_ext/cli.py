@@ -174,7 +174,7 @@ def bench(
         print(json.dumps({"model": model, "dtype": engine.dtype, "gen_length": gen_length, "rows": rows}))
         return
     table = Table("cache", "rule", title=f"{model}, {engine.dtype}, prompt {len(prompt)}, gen_length {gen_length}")
-    for name in ("NFE", "ms/forward", "tokens/forward", "tokens/s", "first block"):
+    for name in ("NFE", "ms/forward", "tok/forward", "tokens/s", "block 1"):
         table.add_column(name, justify="right")
     for r in rows:
         table.add_row(
@@ -184,7 +184,7 @@ def bench(
             f"{r['ms_per_forward']:.2f}",
             f"{r['tokens_per_forward']:.2f}",
             f"{r['tokens_per_second']:.1f}",
-            f"{r['ms_to_first_block']:.1f} ms",
+            f"{r['ms_to_first_block']:.0f} ms",
         )
     console = Console()
     console.print(table)
