@@ -168,6 +168,7 @@ def as_cmake() -> str:
         "TORCH_CXX11_ABI": torch.cxx11_abi,
         "TORCH_CUDA": torch.cuda or "",
         "TORCH_LIBGOMP": torch.libgomp.as_posix() if torch.libgomp else "",
+        "SITE_TORCH_LIB": (Path(sysconfig.get_path("purelib")) / "torch" / "lib").as_posix(),
         "PYTHON_INCLUDE": python_include().as_posix(),
         "PYTHON_TAG": sys.implementation.cache_tag,
         "PYTHON_EXT_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"),
