@@ -471,6 +471,20 @@ def test_results_do_not_depend_on_the_batch(engine):
         assert all(same(a, b) for a, b in zip(alone, together, strict=True))
 
 
+def test_results_do_not_depend_on_the_number_of_threads(engine):
+    prompts = [IDS, [9, 10, 11], IDS * 20]
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(engine.generate(prompts, gen_length=24, temperature=0.7, threshold=0.3, stop_at_eos=False))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(same(a, b) for a, b in zip(results[0], other, strict=True))
+
+
 def test_threads_take_turns(llada):
     prompts = [[i + 1, i + 2] for i in range(4)]
     expected = [llada.generate(p, **SHORT) for p in prompts]
