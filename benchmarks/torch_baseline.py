@@ -1,8 +1,9 @@
-"""The strongest PyTorch program of the same algorithm that we know how to write, as a yardstick for speed.
+"""The best PyTorch programs of the same algorithm that we know how to write, as a yardstick for speed.
 
 Same cache (Fast-dLLM's dual cache), same rows, same dtype, SDPA, fused QKV and gate/up projections, preallocated K and
 V written in place, LM head for the rows that are still masked only, inference mode. `prepack=True` hands the linear
-layers to oneDNN in its own weight layout (torch's private mkldnn operators, what torch.compile's freezing uses).
+layers to oneDNN in its own weight layout (torch's private mkldnn operators, what torch.compile's freezing uses): the
+stronger of the two.
 """
 
 import json

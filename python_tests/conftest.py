@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import models
 import pytest
+import torch
 
 from dllm_ext import Engine
 
@@ -153,3 +154,12 @@ def llada_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def llada(llada_folder):
     return Engine.from_pretrained(llada_folder, dtype="float32")
+
+
+@pytest.fixture
+def one_thread():
+    """The oracle's models are so small that a second torch thread only costs time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import golden_models
 import pytest
-import torch
 from reference.loops import Options
 from reference.loops import generate as reference_generate
 from reference.model import ReferenceModel
@@ -49,12 +48,7 @@ KNOWN_DIFFERENCES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

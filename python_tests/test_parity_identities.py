@@ -10,13 +10,7 @@ from reference import loops
 from reference.loops import Options
 from reference.model import ReferenceModel
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("cache", ["prefix", "dual"])

@@ -17,12 +17,7 @@ FAMILIES = models.FAMILIES
 CACHES = ("none", "prefix", "dual")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @lru_cache
