@@ -67,6 +67,8 @@ class StatsDict(TypedDict):
     """See dllm_ext.Stats. The lists have one entry per step."""
 
     rows: list[int]
+    layer_rows: list[int]
+    verify_rows: list[int]
     logit_rows: list[int]
     attention_pairs: list[int]
     weight_bytes: list[int]
@@ -98,11 +100,18 @@ class Engine:
         batch_size: int,
         on_step: Callable[[StepEvent], bool | None] | None = None,
     ) -> list[Result]:
-        """config: fields of GenerationConfig; a missing one or None means "not given". The GIL is released."""
+        """config: what dllm_ext.config.native_fields gives; a missing field or None means "not given".
+
+        The GIL is released.
+        """
 
 def info() -> Info: ...
 def set_isa(name: str) -> None:
     """One of info()["isas"], or "auto"."""
 
 def validate_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The fields with the defaults that are in force filled in; ConfigError if they are not allowed."""
+    """All fields, with the defaults that are in force filled in; ConfigError if they are not allowed.
+
+    The settings of a cache stand beside its name, as in dllm_ext.config.native_fields. token_frequencies is a numpy
+    array of float64, always_refresh_layers a tuple.
+    """

@@ -35,10 +35,13 @@ def _require_build():
 __version__ = _require_build()
 
 from ._C import StepEvent  # noqa: E402
-from .config import DualCache, GenerationConfig, NoCache, PrefixCache  # noqa: E402
+from .config import D2Cache, DLLMCache, DualCache, GenerationConfig, NoCache, PrefixCache  # noqa: E402
 from .engine import Engine, Result, Stats  # noqa: E402
+from .frequencies import TokenFrequencies  # noqa: E402
 
 __all__ = [
+    "D2Cache",
+    "DLLMCache",
     "DualCache",
     "Engine",
     "GenerationConfig",
@@ -47,6 +50,7 @@ __all__ = [
     "Result",
     "Stats",
     "StepEvent",
+    "TokenFrequencies",
     "__version__",
     *_errors,
 ]

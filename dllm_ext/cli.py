@@ -1,8 +1,9 @@
 """The command `dllm`: generate, chat, info and bench.
 
-The options that decode are made from the fields of GenerationConfig, so there is one for each of them.
+The options that decode are made from the fields of GenerationConfig and of the caches, one for each.
 """
 
+import dataclasses
 import inspect
 import itertools
 import json
@@ -15,9 +16,11 @@ from rich.console import Console
 from rich.table import Table
 
 from . import __version__
-from .config import GenerationConfig, field_docs, field_kinds
+from .checks import kinds_of
+from .config import CACHES_WITH_SETTINGS, GenerationConfig, cache_settings, field_docs
 from .engine import Engine
 from .errors import ConfigError, DLLMError, InputError
+from .frequencies import TokenFrequencies
 
 app = typer.Typer(
     name="dllm",
@@ -46,20 +49,66 @@ def main(args: list[str] | None = None) -> None:
 
 
 def generation_options(command):
-    """Give a command one option for every field of GenerationConfig; they reach it as **fields."""
-    docs = field_docs()
+    """Give a command one option for every field of GenerationConfig and of the caches; they reach it as **fields."""
     options = []
-    for name, (kind, optional) in field_kinds().items():
-        default, flag = getattr(GenerationConfig, name), name.replace("_", "-")
-        declaration = f" /--no-{flag}" if default is True else f"--{flag}"
-        option = typer.Option(declaration, help=docs.get(name), rich_help_panel="Decoding")
-        annotation = Annotated[kind | None if optional else kind, option]
-        options.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation))
+    docs = field_docs()
+    for name, (kind, optional) in kinds_of(GenerationConfig).items():
+        default = getattr(GenerationConfig, name)
+        if name == "token_frequencies":
+            docs[name] += " A JSON file {num_token, p_baseline_dict}, as the PC-Sampler's repository has."
+        options.append(_option(name, kind, optional, default, help=docs.get(name), rich_help_panel="Decoding"))
+    for cls in CACHES_WITH_SETTINGS:
+        docs = field_docs(cls)
+        for name, f in cache_settings(cls).items():
+            shown = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else str(f.default)
+            more = {"show_default": shown, "rich_help_panel": f"Decoding with --cache {cls.name}"}
+            options.append(_option(name, kinds_of(cls)[f.name][0], True, None, help=docs.get(f.name), **more))
 
     own = [p for p in inspect.signature(command).parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
     command.__signature__ = inspect.Signature(own + options)
     return command
+
+
+def _option(name, kind, optional, default, **more):
+    """One option as a parameter of a command. What is no plain value is given as text."""
+    flag = name.replace("_", "-")
+    if kind == tuple[int, ...]:
+        more |= {"parser": _integers, "metavar": "INTEGERS"}
+    elif kind is TokenFrequencies:
+        more["metavar"] = "FILE"
+    option = typer.Option(f" /--no-{flag}" if default is True else f"--{flag}", **more)
+    kind = kind if kind in (int, float, bool) else str
+    annotation = Annotated[kind | None if optional else kind, option]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _integers(text):
+    """A list of integers with commas between them, or nothing."""
+    try:
+        return tuple(int(word) for word in text.split(",")) if text else ()
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a list of integers such as 0,1") from None
+
+
+def _config(fields):
+    """The GenerationConfig that options ask for, but without token_frequencies, which need the model's vocabulary."""
+    fields = {name: value for name, value in fields.items() if name != "token_frequencies"}
+    for cls in CACHES_WITH_SETTINGS:
+        settings = {name: fields.pop(name) for name in cache_settings(cls)}
+        given = {name: value for name, value in settings.items() if value is not None}
+        if fields["cache"] == cls.name:
+            fields["cache"] = cls(**{cache_settings(cls)[name].name: value for name, value in given.items()})
+        elif given:
+            raise ConfigError(f"--{next(iter(given)).replace('_', '-')} is not allowed without --cache {cls.name}")
+    return GenerationConfig(**fields)
+
+
+def _with_frequencies(config, fields, engine):
+    file = fields["token_frequencies"]
+    if file is None:
+        return config
+    return dataclasses.replace(config, token_frequencies=TokenFrequencies.load(file, engine.spec.vocab_size))
 
 
 @app.command()
@@ -84,13 +133,14 @@ def generate(
     **fields,
 ):
     """Generate from one prompt and print the text."""
-    config = GenerationConfig(**fields)
+    config = _config(fields)
     if as_json and watch:
         raise ConfigError("--json and --watch exclude each other")
     text = sys.stdin.read().rstrip("\n") if prompt in (None, "-") else prompt
     if not text:
         raise InputError("the prompt is empty: give it as an argument or on stdin")
     engine = Engine.from_pretrained(model, device=device, dtype=dtype)
+    config = _with_frequencies(config, fields, engine)
     ids = engine.encode(text, False if chat is None and infill else chat)
     result = _run(engine, ids, config, infill, watch)
     if as_json:
@@ -105,8 +155,9 @@ def generate(
 @generation_options
 def chat(model: Model = "mini-llada", dtype: DType = "auto", device: Device = "auto", watch: Watch = False, **fields):
     """Talk to a model over several turns. /reset forgets the conversation, /exit leaves."""
-    config = GenerationConfig(**fields)
+    config = _config(fields)
     engine = Engine.from_pretrained(model, device=device, dtype=dtype)
+    config = _with_frequencies(config, fields, engine)
     engine.encode([{"role": "user", "content": "?"}])  # a model without a chat template says so before the first turn
     messages = []
     while True:
@@ -155,7 +206,8 @@ def bench(
     engine = Engine.from_pretrained(model, dtype=dtype)
     prompt = engine.encode(BENCH_PROMPT)
     rows = []
-    for cache, rule in itertools.product(("none", "prefix", "dual"), ({"num_transfer_tokens": 1}, {"threshold": 0.9})):
+    caches = ("none", "prefix", "dual", "dllm", "d2")
+    for cache, rule in itertools.product(caches, ({"num_transfer_tokens": 1}, {"threshold": 0.9})):
         config = GenerationConfig(gen_length=gen_length, block_length=block_length, cache=cache, **rule)
         runs = [engine.generate(prompt, config).stats for _ in range(1 + repeat)]
         best = min(runs[1:], key=lambda stats: stats.seconds_total)  # the first one warms up

@@ -5,18 +5,15 @@ alike. Both happen when a GenerationConfig is made, so a wrong setting never wai
 """
 
 import dataclasses
-import functools
-import numbers
-import operator
 import re
-import types
+import reprlib
 import typing
 from dataclasses import dataclass
 
-import numpy
-
 from . import _C
+from .checks import CHECKS, check_bool, check_fields, checked_init, kinds_of, wrong_type
 from .errors import ConfigError
+from .frequencies import TokenFrequencies
 
 
 @dataclass(frozen=True)
@@ -52,36 +49,76 @@ class PrefixCache:
         return DualCache.name if self.use_dual else "prefix"
 
 
-Cache = NoCache | PrefixCache | DualCache
+@checked_init
+@dataclass(frozen=True, kw_only=True)
+class DLLMCache:
+    """Refresh prompt and response at their own intervals, and in between only what changed most: every layer by itself.
+
+    The response is what the generation decides, the prompt everything else. Beside K and V, the outputs of attention
+    and of the MLP are kept: 2 x n_layers x d_model more elements of the model's dtype per position, twice that with
+    guidance. Source: dLLM-Cache (arXiv 2506.06295). `cache="dllm"` is `DLLMCache()`.
+
+    Attributes:
+        kp: Steps from one refresh of the prompt to the next, at least 1.
+        kr: Steps from one refresh of the response to the next, at least 1.
+        rou: Share of the response, in [0, 1], that is recomputed in between: the positions whose V resembles the kept
+            one least. 0 recomputes nothing and saves the comparison.
+        always_refresh_layers: Layers, counted from 0, that recompute every position at every step.
+        cfg_interval_steps: Steps from one evaluation of guidance's second pass to the next, at least 1; the first five
+            steps always have it, and in between the last difference of the logits is used. Needs cfg_scale.
+    """
+
+    name: typing.ClassVar[str] = "dllm"
+    kp: int = 50
+    kr: int = 2
+    rou: float = 0.25
+    always_refresh_layers: tuple[int, ...] = (0,)
+    cfg_interval_steps: int = 1
+
+    def __post_init__(self):
+        check_fields(self, "DLLMCache.")
 
 
-def _checked_init(cls):
-    """Let the constructor of a dataclass raise a ConfigError, which lists the fields, where Python has a TypeError."""
-    init = cls.__init__
+@checked_init
+@dataclass(frozen=True, kw_only=True)
+class D2Cache:
+    """Recompute the masked positions that will be decided next, and what attention leans on; the rest stays.
 
-    @functools.wraps(init)
-    def __init__(self, *args, **fields):
-        names = [f.name for f in dataclasses.fields(cls)]
-        if args:
-            raise ConfigError(
-                f"{cls.__name__} takes keyword arguments only, not {args[0]!r} (fields: {', '.join(names)})"
-            )
-        unknown = [name for name in fields if name not in names]
-        if unknown:
-            raise ConfigError(f"{unknown[0]!r} is not a field of {cls.__name__} (fields: {', '.join(names)})")
-        init(self, **fields)
+    After the first step no step computes all positions. Source: d2Cache (arXiv 2509.23094). `cache="d2"` is
+    `D2Cache()`.
 
-    cls.__init__ = __init__
-    return cls
+    Attributes:
+        rollout_p: Of the positions that nothing else asks for, those that hold this share of attention's importance
+            (rollout over the layers) together are recomputed, in [0, 1]; always the first, and all of them at 1.
+        current_k: Masked positions computed per step, at least 1, by the certainty of their neighbourhood.
+        sigma: Width of that neighbourhood, in positions, above 0. Also the `sigma` of GenerationConfig where that is
+            None and no threshold, factor or gamma is given. "d2_sigma" on the command line and in native messages.
+        inflate_w: Between two computed positions at most this far apart, those in the middle are computed as well; 0
+            is off.
+    """
+
+    name: typing.ClassVar[str] = "d2"
+    rollout_p: float = 0.1
+    current_k: int = 32
+    sigma: float = dataclasses.field(default=10.0, metadata={"native": "d2_sigma"})
+    inflate_w: int = 4
+
+    def __post_init__(self):
+        check_fields(self, "D2Cache.")
 
 
-@_checked_init
+Cache = NoCache | PrefixCache | DualCache | DLLMCache | D2Cache
+CACHES_WITH_SETTINGS = (DLLMCache, D2Cache)
+
+
+@checked_init
 @dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
     """How one generation is decoded. Immutable; `dataclasses.replace` makes a changed copy.
 
     The defaults serve a user: prefix cache, blocks of 32, parallel decoding at threshold 0.9, stop at the end of the
-    text. `GenerationConfig.reference()` is LLaDA's own plain loop. steps, threshold and factor exclude each other.
+    text. `GenerationConfig.reference()` is LLaDA's own plain loop. steps, threshold, factor and gamma exclude each
+    other.
 
     A wrong type, value or combination raises ConfigError.
 
@@ -90,9 +127,9 @@ class GenerationConfig:
         block_length: Tokens per block. Blocks are finished from left to right (semi-autoregressive decoding, LLaDA,
             arXiv 2502.09992); the last one may be shorter.
         steps: Denoising steps in all, a multiple of the number of blocks: how many tokens a step commits then follows
-            `schedule` (LLaDA, Dream). Excludes threshold and factor.
-        num_transfer_tokens: Tokens committed per step. Beside steps, threshold or factor it is the least number per
-            step (Kamichanw/d2Cache).
+            `schedule` (LLaDA, Dream). Excludes threshold, factor and gamma.
+        num_transfer_tokens: Tokens committed per step. Beside another rule it is the least number per step
+            (Kamichanw/d2Cache).
         temperature: 0 takes the most likely token. Otherwise Gumbel noise of this strength is added to the logits
             (LLaDA), or the logits are divided by it and sampled (schedule "dream").
         top_p: Sample among the most likely tokens that hold this probability together, in (0, 1] (Dream).
@@ -106,9 +143,24 @@ class GenerationConfig:
         eps: Last time step of the "dream" schedule, in (0, 1).
         alg_temp: Draw the positions at random, by confidence at this temperature, instead of taking the best (Dream).
         threshold: Commit every position of the block with at least this confidence, and always the best one
-            (Fast-dLLM, arXiv 2505.22618). Default: 0.9, unless steps, factor or num_transfer_tokens is given.
+            (Fast-dLLM, arXiv 2505.22618). Default: 0.9, unless steps, factor, gamma or num_transfer_tokens is given.
         factor: Commit the n best positions for the largest n with (n + 1)(1 - confidence of the n-th) < factor
             (Fast-dLLM, arXiv 2505.22618).
+        gamma: Commit the best positions as long as their entropies, in nats and without the largest, sum to at most
+            this (EB-sampler, arXiv 2505.24857).
+        kl_threshold: Choose only among positions whose distribution moved by less than this, in nats of KL divergence,
+            at each of the last kl_history_length times it was computed (KLASS, arXiv 2511.05664). Goes before
+            threshold or factor.
+        kl_history_length: How many times in a row kl_threshold looks at, 1 to 64 (KLASS).
+        sigma: Prefer positions whose neighbourhood is decided: confidences are weighted by a Gaussian of this width,
+            in positions, over what is known; 0 is off (d2Cache, arXiv 2509.23094). Default: the sigma of a d2 cache
+            where no threshold, factor or gamma is given, else off.
+        token_frequencies: Weight confidences by how rare the token is in a corpus, so that frequent ones do not come
+            first (PC-Sampler, arXiv 2508.13021).
+        clip_alpha: Upper limit of confidences that token_frequencies weighted (PC-Sampler).
+        position_decay: Weight confidences by exp(-position_decay * i), i from the block's first position; 0 is off
+            (PC-Sampler).
+        autoregressive: Commit from left to right: nothing before its left neighbour (Kamichanw/d2Cache).
         cfg_scale: Classifier-free guidance against the model without the prompt; 0 is off, else every step costs two
             forwards (LLaDA).
         logits_eos_inf: Never choose the end-of-text token (LLaDA).
@@ -117,8 +169,11 @@ class GenerationConfig:
             (stop_until_eos in Kamichanw/d2Cache). False generates every position.
         seed: Of all randomness, 0 to 2**64 - 1. Equal seeds give equal tokens whatever the batch or the threads
             (Philox, Salmon et al. 2011).
-        cache: Which positions a step recomputes: "none", "prefix" or "dual", or NoCache(), PrefixCache(), DualCache()
-            (Fast-dLLM, arXiv 2505.22618).
+        cache: Which positions a step recomputes: "none"; "prefix" or "dual" (Fast-dLLM, arXiv 2505.22618); "dllm"
+            (dLLM-Cache, arXiv 2506.06295); "d2" (d2Cache, arXiv 2509.23094). Or, with settings of their own, the
+            objects NoCache(), PrefixCache(), DualCache(), DLLMCache(), D2Cache().
+        reference_quirks: Decode as the released program of d2Cache does where that differs from the algorithms as
+            stated, to reproduce published numbers (Kamichanw/d2Cache); docs/semantics.md lists the differences.
     """
 
     gen_length: int = 128
@@ -134,20 +189,25 @@ class GenerationConfig:
     alg_temp: float | None = None
     threshold: float | None = None
     factor: float | None = None
+    gamma: float | None = None
+    kl_threshold: float | None = None
+    kl_history_length: int = 2
+    sigma: float | None = None
+    token_frequencies: TokenFrequencies | None = None
+    clip_alpha: float = 10.0
+    position_decay: float = 0.0
+    autoregressive: bool = False
     cfg_scale: float = 0.0
     logits_eos_inf: bool = False
     confidence_eos_eot_inf: bool = False
     stop_at_eos: bool = True
     seed: int = 0
     cache: str | Cache = "prefix"
+    reference_quirks: bool = False
 
     def __post_init__(self):
-        for name, (kind, optional) in _KINDS.items():
-            value = getattr(self, name)
-            if not (value is None and optional):
-                check = _check_cache if name == "cache" else _CHECKS[kind]
-                object.__setattr__(self, name, check(name, value))
-        _C.validate_config(dataclasses.asdict(self))
+        check_fields(self, checks=_CHECKS)
+        _C.validate_config(native_fields(self))
 
     @classmethod
     def reference(cls, **fields) -> "GenerationConfig":
@@ -158,79 +218,59 @@ class GenerationConfig:
         """
         length = fields.get("gen_length", cls.gen_length)
         defaults = {"gen_length": length, "block_length": length, "stop_at_eos": False, "cache": NoCache.name}
-        if not any(fields.get(name) is not None for name in ("threshold", "factor", "num_transfer_tokens")):
+        if not any(fields.get(name) is not None for name in ("threshold", "factor", "gamma", "num_transfer_tokens")):
             defaults["steps"] = length
         return cls(**(defaults | fields))
 
+    def to_dict(self) -> dict:
+        """All of it as plain values, for JSON: `native_fields` with lists for arrays and tuples."""
+        return {name: _plain(value) for name, value in native_fields(self).items()}
 
-def field_docs() -> dict[str, str]:
-    """Name -> description of every field of GenerationConfig, from its docstring ({} under python -OO)."""
-    attributes = (GenerationConfig.__doc__ or "").partition("Attributes:\n")[2]
+
+def native_fields(config: GenerationConfig) -> dict[str, typing.Any]:
+    """The fields as in csrc/decode/config.h: a cache is its name and its settings, arrays are numpy's."""
+    fields = {name: getattr(config, name) for name in kinds_of(GenerationConfig)}
+    if config.token_frequencies is not None:
+        fields["token_frequencies"] = config.token_frequencies.values
+    if isinstance(config.cache, CACHES_WITH_SETTINGS):
+        fields["cache"] = config.cache.name
+        fields |= {native: getattr(config.cache, f.name) for native, f in cache_settings(type(config.cache)).items()}
+    return fields
+
+
+def cache_settings(cls) -> dict[str, dataclasses.Field]:
+    """Name in csrc/decode/config.h and on the command line -> field, of DLLMCache or D2Cache."""
+    return {f.metadata.get("native", f.name): f for f in dataclasses.fields(cls)}
+
+
+def field_docs(cls=GenerationConfig) -> dict[str, str]:
+    """Name -> description of every field of GenerationConfig or a cache, from its docstring ({} under python -OO)."""
+    attributes = (cls.__doc__ or "").partition("Attributes:\n")[2]
     parts = re.split(r"^ {8}(\w+): ", attributes, flags=re.MULTILINE)[1:]
     return {name: " ".join(text.split()) for name, text in zip(parts[::2], parts[1::2], strict=True)}
 
 
-def field_kinds() -> dict[str, tuple[type, bool]]:
-    """Name -> (type, whether None is allowed) of every field of GenerationConfig; `cache` counts as a str."""
-    return dict(_KINDS)
-
-
-def _wrong_type(name, value, allowed):
-    return ConfigError(f"{name} = {value!r} is not allowed: it must be {allowed}, not {type(value).__name__}")
-
-
-def check_int(name, value):
-    """`value` as an int, from any integer type but bool; ConfigError unless it fits the native field."""
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        value = operator.index(value)
-    except TypeError:
-        raise _wrong_type(name, value, "an integer") from None
-    low, high = (0, 2**64 - 1) if name == "seed" else (-(2**63), 2**63 - 1)
-    if not low <= value <= high:
-        raise ConfigError(f"{name} = {value} is not allowed: it must be between {low} and {high}")
-    return value
-
-
-def _check_float(name, value):
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise _wrong_type(name, value, "a number")
-    try:
-        return float(value)
-    except OverflowError:
-        raise ConfigError(f"{name} = {value!r} is not allowed: it is too large") from None
-
-
-def check_bool(name, value):
-    """`value` as a bool, from Python's or numpy's; ConfigError for anything else."""
-    if isinstance(value, bool | numpy.bool_):
-        return bool(value)
-    raise _wrong_type(name, value, "True or False")
-
-
-def _check_str(name, value):
-    if not isinstance(value, str):
-        raise _wrong_type(name, value, "a name")
-    return value
+def _plain(value):
+    return value.tolist() if hasattr(value, "tolist") else list(value) if isinstance(value, tuple) else value
 
 
 def _check_cache(name, value):
+    if isinstance(value, CACHES_WITH_SETTINGS):
+        return value
     if isinstance(value, PrefixCache):
         check_bool("PrefixCache.use_dual", value.use_dual)
     if isinstance(value, Cache):
         return value.name
     if not isinstance(value, str):
-        raise _wrong_type(name, value, "a name, NoCache(), PrefixCache() or DualCache()")
+        raise wrong_type(name, value, f"a name, {', '.join(c.__name__ + '()' for c in typing.get_args(Cache))}")
+    return next((cls() for cls in CACHES_WITH_SETTINGS if cls.name == value), value)
+
+
+def _check_frequencies(name, value):
+    if not isinstance(value, TokenFrequencies):
+        allowed = f"a TokenFrequencies, not {type(value).__name__}"
+        raise ConfigError(f"{name} = {reprlib.repr(value)} is not allowed: it must be {allowed}")
     return value
 
 
-_CHECKS = {int: check_int, float: _check_float, bool: check_bool, str: _check_str}
-
-
-def _kind(hint):
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    return options[0], type(None) in options
-
-
-_KINDS = {name: _kind(hint) for name, hint in typing.get_type_hints(GenerationConfig).items()}
+_CHECKS = CHECKS | {str | Cache: _check_cache, TokenFrequencies: _check_frequencies}

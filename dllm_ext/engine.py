@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import _C
-from .config import GenerationConfig, check_bool, check_int
+from .checks import check_bool, check_int
+from .config import GenerationConfig, native_fields
 from .errors import ConfigError, InputError
 from .hub import model_folder
 from .tokenizer import Tokenizer
@@ -38,7 +39,11 @@ class Stats:
     time_to_first_block: float
     """Seconds until the first block was committed."""
     rows: list[int] = field(repr=False)
-    """Positions that went through the layers."""
+    """Positions that went through the layers, or (dLLM-Cache) were carried past some of them."""
+    layer_rows: list[int] = field(repr=False)
+    """Rows that a layer computed, summed over layers: n_layers * rows, but for dLLM-Cache."""
+    verify_rows: list[int] = field(repr=False)
+    """Rows of which a layer computed V only, to compare it with the cached one, summed over layers (dLLM-Cache)."""
     logit_rows: list[int] = field(repr=False)
     """Positions that went through the LM head."""
     attention_pairs: list[int] = field(repr=False)
@@ -192,7 +197,7 @@ class Engine:
             chat = False
         ids = [self._encode(i, p, chat) for i, p in enumerate(prompts)]
         tokenizer = self.tokenizer if Tokenizer.is_in(self.folder) else None  # a damaged one fails now, not at the end
-        native = self._native.generate(ids, infill, dataclasses.asdict(config), batch_size, on_step)
+        native = self._native.generate(ids, infill, native_fields(config), batch_size, on_step)
         results = [self._result(r, tokenizer) for r in native]
         return results[0] if single else results
 

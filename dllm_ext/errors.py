@@ -26,7 +26,7 @@ class ConfigError(DLLMError, ValueError):
 
 
 class InputError(DLLMError, ValueError):
-    """A prompt that this model cannot take."""
+    """A prompt, or a corpus, that this model cannot take."""
 
 
 class CheckpointError(DLLMError, ValueError):

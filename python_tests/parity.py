@@ -10,10 +10,12 @@ from reference import loops
 from reference.loops import Options
 from reference.model import ReferenceModel
 
-from dllm_ext import Engine
+from dllm_ext import D2Cache, DLLMCache, Engine, TokenFrequencies
 
 FAMILIES = models.FAMILIES
 CACHES = ("none", "prefix", "dual")
+FEATURE_FIELDS = ("kp", "kr", "rou", "always_refresh_layers", "cfg_interval_steps")
+ROLLOUT_FIELDS = {"rollout_p": "rollout_p", "current_k": "current_k", "d2_sigma": "sigma", "inflate_w": "inflate_w"}
 
 # (prompt length, gen_length, block_length): whole blocks, a ragged last block, blocks of one, one block for everything
 SHAPES = [(9, 24, 8), (5, 19, 7), (1, 6, 1), (12, 11, 16)]
@@ -120,9 +122,22 @@ def options_of(decoder, shape, cache, **more):
     return Options(gen_length=gen_length, block_length=block_length, cache=cache, **settings)
 
 
+def engine_settings(o):
+    """The arguments of Engine.generate() that stand for the oracle's Options."""
+    settings = {f.name: getattr(o, f.name) for f in fields(o)}
+    dllm = {name: settings.pop(name) for name in FEATURE_FIELDS}
+    d2 = {name: settings.pop(field) for field, name in ROLLOUT_FIELDS.items()}
+    if o.cache == "dllm":
+        settings["cache"] = DLLMCache(**dllm)
+    elif o.cache == "d2":
+        settings["cache"] = D2Cache(**d2)
+    if o.token_frequencies is not None:
+        settings["token_frequencies"] = TokenFrequencies(o.token_frequencies)
+    return settings
+
+
 def run_engine(engine, prompts, o, **more):
     """(results, events by prompt) of the engine for a list of prompts."""
     events = [[] for _ in prompts]
-    settings = {f.name: getattr(o, f.name) for f in fields(o)}
-    results = engine.generate(prompts, on_step=lambda e: events[e.sequence].append(e), **settings, **more)
+    results = engine.generate(prompts, on_step=lambda e: events[e.sequence].append(e), **engine_settings(o), **more)
     return results, events

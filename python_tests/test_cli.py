@@ -14,8 +14,8 @@ import pytest
 from conftest import write_tokenizer
 from rich.console import Console
 
-from dllm_ext import GenerationConfig, StepEvent, cli, watch
-from dllm_ext.config import field_kinds
+from dllm_ext import D2Cache, DLLMCache, GenerationConfig, StepEvent, TokenFrequencies, cli, watch
+from dllm_ext.checks import kinds_of
 
 SHORT = ["--gen-length", "6", "--block-length", "4"]
 
@@ -96,27 +96,52 @@ VALUES = {
     "alg_temp": 0.5,
     "threshold": 0.7,
     "factor": 1.5,
+    "gamma": 0.1,
+    "kl_threshold": 0.01,
+    "kl_history_length": 3,
+    "sigma": 5.0,
+    "clip_alpha": 4.0,
+    "position_decay": 0.25,
+    "autoregressive": True,
     "cfg_scale": 0.5,
     "logits_eos_inf": True,
     "confidence_eos_eot_inf": True,
     "stop_at_eos": False,
     "seed": 2**64 - 1,
     "cache": "dual",
+    "reference_quirks": True,
 }
+CACHE_VALUES = {  # option: value and the cache it belongs to
+    "kp": (5, DLLMCache(kp=5)),
+    "kr": (1, DLLMCache(kr=1)),
+    "rou": (0.5, DLLMCache(rou=0.5)),
+    "always_refresh_layers": ("0,2", DLLMCache(always_refresh_layers=(0, 2))),
+    "cfg_interval_steps": (2, DLLMCache(cfg_interval_steps=2)),
+    "rollout_p": (0.2, D2Cache(rollout_p=0.2)),
+    "current_k": (8, D2Cache(current_k=8)),
+    "d2_sigma": (3.0, D2Cache(sigma=3)),
+    "inflate_w": (0, D2Cache(inflate_w=0)),
+}
+
+
+@pytest.fixture
+def configs(monkeypatch):
+    """The configs that generations of the command get, in order."""
+    seen = []
+
+    def record(engine, ids, config, infill, watch):
+        seen.append(config)
+        return engine.generate(ids, config, infill=infill)
+
+    monkeypatch.setattr(cli, "_run", record)
+    return seen
 
 
 @pytest.mark.parametrize("command", ["generate", "chat"])
 @pytest.mark.parametrize("name", VALUES)
-def test_every_field_is_an_option(dllm, llada_folder, monkeypatch, command, name):
+def test_every_field_is_an_option(dllm, llada_folder, configs, command, name):
     """Each option reaches GenerationConfig as its field, alone; the list above is complete."""
-    assert set(VALUES) == set(field_kinds())
-    configs = []
-
-    def record(engine, ids, config, infill, watch):
-        configs.append(config)
-        return engine.generate(ids, config, infill=infill)
-
-    monkeypatch.setattr(cli, "_run", record)
+    assert {*VALUES, "token_frequencies"} == set(kinds_of(GenerationConfig))
     value = VALUES[name]
     flag = "--" + name.replace("_", "-")
     used = {True: [flag], False: ["--no-" + flag[2:]]}[value] if isinstance(value, bool) else [flag, value]
@@ -130,14 +155,44 @@ def test_every_field_is_an_option(dllm, llada_folder, monkeypatch, command, name
     assert configs == [GenerationConfig(**fields)]
 
 
+@pytest.mark.parametrize("name", CACHE_VALUES)
+def test_every_cache_setting_is_an_option(dllm, llada_folder, configs, name):
+    value, cache = CACHE_VALUES[name]
+    fields = {"gen_length": 6, "cache": cache, "cfg_scale": 0.5 if name == "cfg_interval_steps" else 0}
+    used = [f"--{name.replace('_', '-')}", value, "--cache", cache.name, "--cfg-scale", fields["cfg_scale"]]
+    code, _, err = dllm("generate", "Hi", "--model", llada_folder, "--gen-length", 6, *used)
+    assert (code, err) == (0, "")
+    assert configs == [GenerationConfig(**fields)]
+    other = {"dllm": "d2", "d2": "prefix"}[cache.name]
+    line = error_line(dllm("generate", "Hi", "--cache", other, *used[:2]))
+    assert line == f"error: {used[0]} is not allowed without --cache {cache.name}\n"
+
+
+def test_no_layers_to_refresh_always(dllm, llada_folder, configs):
+    used = ["--cache", "dllm", "--always-refresh-layers", ""]
+    assert dllm("generate", "Hi", "--model", llada_folder, *SHORT, *used)[0] == 0
+    assert configs[0].cache == DLLMCache(always_refresh_layers=())
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_token_frequencies_come_from_a_file(dllm, llada, llada_folder, configs, tmp_path, command):
+    frequencies = TokenFrequencies.from_counts({7: 5, 9: 2}, 20, llada.spec.vocab_size)
+    frequencies.save(tmp_path / "f.json")
+    arguments = ["Hi"] if command == "generate" else []
+    used = ["--token-frequencies", tmp_path / "f.json", *SHORT]
+    code, _, err = dllm(command, *arguments, "--model", llada_folder, *used, stdin="Hi\n")
+    assert (code, err) == (0, "")
+    assert configs == [GenerationConfig(gen_length=6, block_length=4, token_frequencies=frequencies)]
+
+
 @pytest.mark.parametrize("command", ["generate", "chat"])
 def test_help_describes_every_field(dllm, command, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     code, out, _ = dllm(command, "--help")
     assert code == 0
-    for name, value in VALUES.items():
+    for name, value in [*VALUES.items(), ("token_frequencies", ""), *CACHE_VALUES.items()]:
         assert f"--{'no-' if value is False else ''}{name.replace('_', '-')} " in out
-    assert "arXiv 2505.22618" in out and "[default: 32]" in out
+    assert "arXiv 2505.22618" in out and "[default: 32]" in out and "[default: (0.25)]" in out
 
 
 @pytest.mark.parametrize(
@@ -152,6 +207,9 @@ def test_help_describes_every_field(dllm, command, monkeypatch):
         (["--json", "--watch"], "exclude each other"),
         (["--gen-length", "99999999"], "gen_length = 99999999"),
         (["--gen-length", "9999"], "context of 4096"),
+        (["--cache", "d2", "--current-k", "0"], "current_k = 0"),
+        (["--cache", "dllm", "--always-refresh-layers", "9"], "always_refresh_layers holds 9"),
+        (["--token-frequencies", "no-such-file.json"], "'no-such-file.json' cannot be read"),
     ],
     ids=str,
 )
@@ -169,7 +227,13 @@ def test_error_message_of_several_lines_becomes_one(dllm, llada_folder, monkeypa
 
 @pytest.mark.parametrize(
     "arguments",
-    [["generate", "Hi", "--steps", "many"], ["generate", "Hi", "--gamma", "1"], ["dance"], ["bench", "--repeat", "0"]],
+    [
+        ["generate", "Hi", "--steps", "many"],
+        ["generate", "Hi", "--beta", "1"],
+        ["generate", "Hi", "--always-refresh-layers", "0,x"],
+        ["dance"],
+        ["bench", "--repeat", "0"],
+    ],
     ids=str,
 )
 def test_wrong_usage(dllm, arguments):
@@ -289,11 +353,12 @@ def test_bench(dllm, llada_folder):
     code, out, _ = dllm(*arguments, "--json")
     data = json.loads(out)
     assert code == 0 and data["gen_length"] == 8
-    assert [r["cache"] for r in data["rows"]] == ["none", "none", "prefix", "prefix", "dual", "dual"]
-    assert [r.get("threshold") for r in data["rows"]] == [None, 0.9] * 3
+    assert [r["cache"] for r in data["rows"][::2]] == ["none", "prefix", "dual", "dllm", "d2"]
+    assert [r["cache"] for r in data["rows"][1::2]] == ["none", "prefix", "dual", "dllm", "d2"]
+    assert [r.get("threshold") for r in data["rows"]] == [None, 0.9] * 5
     assert all(1 <= r["nfe"] <= 8 and r["ms_per_forward"] > 0 and r["tokens_per_second"] >= 0 for r in data["rows"])
     code, table, _ = dllm(*arguments)
-    assert code == 0 and all(word in table for word in ("prefix", "dual", "tokens/s", "1 per step"))
+    assert code == 0 and all(word in table for word in ("prefix", "dllm", "d2", "tokens/s", "1 per step"))
 
 
 def test_no_command_shows_help(dllm):

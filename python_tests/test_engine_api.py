@@ -15,6 +15,7 @@ import torch
 import dllm_ext
 from dllm_ext import _C, CheckpointError, ConfigError, Engine, GenerationConfig, InputError, Result, Stats, StepEvent
 from dllm_ext import engine as engine_module
+from dllm_ext.config import native_fields
 
 SHORT = {"gen_length": 6, "block_length": 4}
 IDS = [5, 6, 7, 8]
@@ -34,6 +35,7 @@ def same(a, b):
 
 def test_public_names():
     assert set(dllm_ext.__all__) >= {"Engine", "GenerationConfig", "PrefixCache", "DualCache", "NoCache", "DLLMError"}
+    assert set(dllm_ext.__all__) >= {"D2Cache", "DLLMCache", "TokenFrequencies"}
     assert all(hasattr(dllm_ext, name) for name in dllm_ext.__all__)
     assert dllm_ext.__version__.count(".") == 2
 
@@ -291,7 +293,7 @@ def test_context_limit(tmp_path):
         ("on_step", 5, "on_step = 5"),
         ("config", {"gen_length": 4}, "must be a GenerationConfig"),
         ("config", "prefix", "config = 'prefix'"),
-        ("gamma", 1, "'gamma' is not a field"),
+        ("max_tokens", 1, "'max_tokens' is not a field"),
         ("gen_length", "many", "gen_length = 'many'"),
         ("gen_length", 0, "gen_length = 0"),
     ],
@@ -306,7 +308,7 @@ def test_fields_override_the_config(engine):
     assert len(engine.generate(IDS, config).token_ids) == 4
     result = engine.generate(IDS, config, gen_length=6, num_transfer_tokens=2)
     assert len(result.token_ids) == 6 and result.nfe == 3
-    with pytest.raises(ConfigError, match="together"):
+    with pytest.raises(ConfigError, match="give one"):
         engine.generate(IDS, GenerationConfig(steps=4), threshold=0.5)
 
 
@@ -326,7 +328,7 @@ def test_result_is_plain_data(engine):
 
 
 def fake_result(token_ids, **stats):
-    lists = ("rows", "logit_rows", "attention_pairs", "weight_bytes", "commits")
+    lists = ("rows", "layer_rows", "verify_rows", "logit_rows", "attention_pairs", "weight_bytes", "commits")
     values = {"seconds": [0.1, 0.3], "seconds_total": 0.5, "seconds_first_block": 0.2}
     values |= {name: [3, 4] for name in lists} | stats
 
@@ -366,6 +368,7 @@ def test_per_step_lists(engine):
     )
     assert s.commits == [2, 2, 2, 2] and sum(s.commits) == 8
     assert s.rows == [12, 4, 12, 4]
+    assert s.layer_rows == [engine.spec.n_layers * n for n in s.rows] and s.verify_rows == [0, 0, 0, 0]
     assert all(0 < b <= 1.01 * engine.weight_bytes for b in s.weight_bytes)
     assert 0 < s.time_to_first_block <= s.seconds_total
     assert 0.5 * sum(s.seconds) <= s.seconds_total
@@ -513,7 +516,7 @@ def test_the_engine_outlives_its_files(tmp_path):
 
 def test_native_dict_is_the_config():
     """What generate() hands to the native code are the fields themselves."""
-    assert _C.validate_config(dataclasses.asdict(GenerationConfig(cache="dual", steps=4)))["cache"] == "dual"
+    assert _C.validate_config(native_fields(GenerationConfig(cache="dual", steps=4)))["cache"] == "dual"
 
 
 def test_the_stub_describes_the_native_module():

@@ -7,7 +7,7 @@ import models
 import pytest
 
 import dllm_ext
-from dllm_ext import Engine
+from dllm_ext import D2Cache, DLLMCache, Engine
 
 ROOT = Path(__file__).parents[1]
 TOOL = ROOT / "build" / "current" / "bin" / "dllm_run"
@@ -51,8 +51,35 @@ def test_the_same_tokens_as_from_python(folder, dtype, settings):
 
 
 @pytest.mark.parametrize(
+    ("cache", "options"),
+    [
+        (
+            DLLMCache(kp=4, kr=3, rou=0.5, always_refresh_layers=(0, 2)),
+            "--kp 4 --kr 3 --rou 0.5 --always-refresh-layers 0,2",
+        ),
+        (DLLMCache(kr=6, always_refresh_layers=()), "--kr 6 --always-refresh-layers="),
+        (
+            D2Cache(current_k=4, sigma=2, rollout_p=0.2, inflate_w=0),
+            "--current-k 4 --d2-sigma 2 --rollout-p 0.2 --inflate-w 0",
+        ),
+    ],
+    ids=str,
+)
+def test_cache_settings(folder, cache, options):
+    expected = Engine.from_pretrained(folder, dtype="float32").generate(
+        PROMPT, gen_length=24, cache=cache, threshold=0.4
+    )
+    words = [w for word in options.split() for w in word.split("=")]
+    out = run(folder, "--gen-length", 24, "--threshold", 0.4, "--cache", cache.name, *words)
+    assert out.returncode == 0, out.stderr
+    assert [int(t) for t in out.stdout.split(",")] == expected.token_ids
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--token-frequencies", "file.json"], "token_frequencies can be given only from Python or C++"),
+        (["--always-refresh-layers", "0,x"], 'always_refresh_layers = "x"'),
         (["--threshold", "2"], "threshold = 2"),
         (["--cache", "fancy"], '"none", "prefix", "dual"'),
         (["--gen-length", "many"], "gen_length"),

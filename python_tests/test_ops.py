@@ -129,6 +129,46 @@ def test_silu_extremes(isa):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("epilogue", ["store", "add", "silu_mul"])
+def test_linear_out_rows(isa, dtype, epilogue):
+    """Scattering the rows changes where they go and nothing else; the other rows are not touched."""
+    n, total = 77, 400
+    for rows in (1, 19, 300):
+        x, w, b = problem(dtype, rows, 64, n)
+        to = rng(rows).permutation(total)[:rows].astype(np.int32)
+        gated = epilogue == "silu_mul"
+        packed = ops.PackedLinear.gate_up(w, w, dtype) if gated else ops.PackedLinear([w], dtype, bias=b)
+        for out_dtype in DTYPES[: 1 if epilogue == "add" else 2]:
+            before = stored(rng(5).standard_normal((total, n)), out_dtype)
+            out = before.copy()
+            ops.linear(packed, x, out, epilogue, out_rows=to)
+            assert np.array_equal(out[to], run(packed, x, before[to].copy(), epilogue))
+            others = np.setdiff1d(np.arange(total), to)
+            assert np.array_equal(out[others], before[others])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("epilogue", ["store", "add", "silu_mul"])
+def test_linear_panel_range(isa, dtype, epilogue):
+    n, rows = 157, 150
+    width = 16 if epilogue == "silu_mul" else 32
+    x, w, b = problem(dtype, rows, 64, n)
+    packed = ops.PackedLinear.gate_up(w, w, dtype) if width == 16 else ops.PackedLinear([w], dtype, bias=b)
+    last = -(-n // width)
+    residual = rng(6).standard_normal((rows, n)).astype(np.float32)
+    whole = run(packed, x, residual.copy(), epilogue)
+    to = rng(7).permutation(rows).astype(np.int32)
+    for begin, end in ((0, 1), (1, 3), (2, last), (last - 1, last), (0, last)):
+        columns = slice(begin * width, end * width)
+        out = residual[:, columns].copy()
+        ops.linear(packed, x, out, epilogue, panel_begin=begin, panel_end=end)
+        assert np.array_equal(out, whole[:, columns])
+        if end == last and epilogue != "add":
+            ops.linear(packed, x, out, epilogue, to, begin)
+            assert np.array_equal(out[to], whole[:, columns])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("source", DTYPES)
 def test_packing_stacks_and_converts(isa, dtype, source):
     parts = [rng(3, n).standard_normal((n, 37)) for n in (5, 40, 12)]
@@ -172,6 +212,17 @@ def test_linear_checks_its_arguments():
     ]:
         with pytest.raises(Exception, match=message):
             ops.linear(*args)
+    for kwargs, message in [
+        ({"out_rows": np.array([0, 1, 2, 2], np.int32)}, "twice"),
+        ({"out_rows": np.array([0, 1, 2, 4], np.int32)}, "out_rows"),
+        ({"out_rows": np.array([0, 1, 2], np.int32)}, "4 elements"),
+        ({"panel_begin": 1}, "panels"),
+        ({"panel_begin": -1}, "panels"),
+        ({"panel_end": 2}, "panels"),
+        ({"panel_end": 0}, "panels"),
+    ]:
+        with pytest.raises(Exception, match=message):
+            ops.linear(packed, x, out, **kwargs)
     with pytest.raises(Exception, match="input columns"):
         ops.PackedLinear([w, w[:, :5]], "float32")
     with pytest.raises(Exception, match="dtype"):
@@ -202,6 +253,10 @@ def test_rms_norm(isa, out_dtype, d):
         assert np.array_equal(ops.rms_norm(x[row : row + 1], w, 1e-5, out_dtype)[0], out[row])
     with threads(1):
         assert np.array_equal(ops.rms_norm(x, w, 1e-5, out_dtype), out)
+    rows = np.array([40, 3, 3, 0], np.int32)
+    assert np.array_equal(ops.rms_norm(padded_rows(x, 3), w, 1e-5, out_dtype, rows_in=rows), out[rows])
+    with pytest.raises(Exception, match="rows_in"):
+        ops.rms_norm(x, w, 1e-5, out_dtype, rows_in=np.array([41], np.int32))
 
 
 def test_philox():

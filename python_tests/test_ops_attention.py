@@ -175,6 +175,87 @@ def test_attention_nan_is_not_hidden(isa):
         assert out[2].isnan().all() and torch.equal(out[[0, 1, 3]], clean[[0, 1, 3]])
 
 
+def probabilities(q, k, n_heads, scale):
+    """Mean over heads of the softmax, in the precision of q [rows, n_heads * hd] and k [keys, n_kv, hd]."""
+    q = q.view(len(q), n_heads, -1).transpose(0, 1)
+    k = k.transpose(0, 1).repeat_interleave(n_heads // k.shape[1], 0)
+    return torch.softmax(scale * (q @ k.transpose(1, 2)), -1).mean(0)
+
+
+def attend_with_mean(q, sequences, n_heads, scale, extra=0):
+    """Output and the sequences' means, which are NaN where nothing may be written or read."""
+    means = [np.full((end - begin, keys + extra), np.nan, np.float32) for begin, end, keys, _ in sequences]
+    return ops.attention(q, sequences, n_heads, scale, means), means
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "head_dim,n_heads,n_kv", [(16, 4, 2), (32, 2, 2), (64, 14, 2), (128, 2, 1), (80, 2, 2), (10, 7, 1), (6, 40, 1)]
+)
+def test_attention_mean(isa, dtype, head_dim, n_heads, n_kv):
+    """Against fp64, and the output keeps its bits. Single rows give the same bits, so the check holds for those too."""
+    r = np.random.default_rng([head_dim, n_heads, 1])
+    scale = head_dim**-0.5
+    for keys in (1, 31, 33, 255, 256, 257, 513, 700):
+        slab, k, _ = filled_slab(dtype, keys, n_kv, head_dim)
+        q = stored(2 * r.standard_normal((70, n_heads * head_dim)), dtype)
+        plain = ops.attention(q, [(0, 70, keys, slab)], n_heads, scale)
+        out, (mean,) = attend_with_mean(q, [(0, 70, keys, slab)], n_heads, scale, extra=5)
+        assert np.array_equal(out, plain)
+        assert np.isnan(mean[:, keys:]).all()
+        mean = np.ascontiguousarray(mean[:, :keys])
+        check_error(mean, probabilities(tensor(q).float(), k, n_heads, scale),
+                    probabilities(exact(q), k.double(), n_heads, scale), "float32", what=f"{keys} keys")  # fmt: skip
+        assert np.abs(mean.sum(1, dtype=np.float64) - 1).max() < 1e-6
+        for row in (0, 41, 69):
+            _, (alone,) = attend_with_mean(q[row : row + 1], [(0, 1, keys, slab)], n_heads, scale)
+            assert np.array_equal(alone[0], mean[row]), row
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_mean_ragged_batch_and_invariance(isa, dtype):
+    """Sequences with and without a mean in one call, in any company and on any number of threads."""
+    n_heads, n_kv, head_dim = 14, 2, 32
+    keys, rows = (33, 700, 256, 300, 290), (40, 7, 0, 70, 5)
+    slabs = [filled_slab(dtype, n, n_kv, head_dim, seed=i)[0] for i, n in enumerate(keys)]
+    q = stored(np.random.default_rng(0).standard_normal((sum(rows), n_heads * head_dim)), dtype)
+    ends = np.cumsum(rows)
+    sequences = [(int(e - n), int(e), m, s) for e, n, m, s in zip(ends, rows, keys, slabs, strict=True)]
+    plain = ops.attention(q, sequences, n_heads, 0.2)
+    out, means = attend_with_mean(q, sequences, n_heads, 0.2)
+    assert np.array_equal(out, plain)
+    assert all(np.isfinite(m).all() for m in means)
+    for (begin, end, n, slab), mean in zip(sequences, means, strict=True):
+        _, (alone,) = attend_with_mean(q[begin:end], [(0, end - begin, n, slab)], n_heads, 0.2)
+        assert np.array_equal(alone, mean)
+    for count in (1, 2, 3, 5, 16):
+        with threads(count):
+            out, again = attend_with_mean(q, sequences, n_heads, 0.2)
+            assert np.array_equal(out, plain)
+            assert all(np.array_equal(a, b) for a, b in zip(again, means, strict=True)), count
+            some = [np.full_like(m, np.nan) if i % 2 else None for i, m in enumerate(means)]
+            assert np.array_equal(ops.attention(q, sequences, n_heads, 0.2, some), plain)
+            assert all(np.array_equal(a, b) for a, b in zip(some, means, strict=True) if a is not None), count
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_mean_extreme_scores(isa, dtype):
+    """One key takes all, in whichever chunk; a NaN stays in its row."""
+    keys, head_dim = 600, 32
+    for winner in (0, 300, 599):
+        k = torch.zeros(keys, 1, head_dim)
+        k[:, 0, 0] = -50.0
+        k[winner, 0, 0] = 50.0
+        slab = ops.KvSlab(1, head_dim, keys, dtype)
+        write_kv(slab, k, k)
+        q = np.zeros((3, head_dim))
+        q[:, 0] = 100.0
+        q[1, 1] = np.nan
+        _, (mean,) = attend_with_mean(stored(q, dtype), [(0, 3, keys, slab)], 1, 1.0)
+        assert np.isnan(mean[1]).all()
+        assert (mean[[0, 2]] == np.eye(keys)[winner]).all()
+
+
 def test_attention_checks_its_arguments():
     slab = ops.KvSlab(2, 16, 40, "float32")
     q = np.zeros((3, 64), np.float32)
@@ -189,3 +270,14 @@ def test_attention_checks_its_arguments():
     ]:
         with pytest.raises(Exception, match=message):
             ops.attention(q, sequences, heads, scale)
+    read_only = np.zeros((3, 10), np.float32)
+    read_only.flags.writeable = False
+    for means, message in [
+        ([None, None], "means: expected 1"),
+        ([np.zeros((2, 10), np.float32)], "mean"),
+        ([np.zeros((3, 9), np.float32)], "mean"),
+        ([np.zeros((3, 10), np.uint16)], "float32"),
+        ([read_only], "read-only"),
+    ]:
+        with pytest.raises(Exception, match=message):
+            ops.attention(q, [(0, 3, 10, slab)], 4, 1.0, means)

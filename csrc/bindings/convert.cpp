@@ -1,10 +1,12 @@
 #include "bindings/convert.h"
 
+#include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
 #include <optional>
 #include <string>
 #include <type_traits>
+#include <vector>
 
 #include "runtime/error.h"
 
@@ -14,20 +16,34 @@ namespace dllm {
 
 namespace {
 
+// One number per token of a vocabulary is a numpy array in Python, not a list of objects; none at all is None.
+using Numbers = std::vector<double>;
+
 void read(py::handle value, auto& field) {
   using T = std::remove_reference_t<decltype(field)>;
-  if constexpr (std::is_enum_v<T>)
+  if constexpr (std::is_enum_v<T>) {
     set_by_name(field, value.cast<std::string>());
-  else
+  } else if constexpr (std::is_same_v<T, Numbers>) {
+    const auto a = py::array_t<double, py::array::c_style | py::array::forcecast>::ensure(value);
+    if (!a || a.ndim() != 1) throw py::cast_error();
+    field.assign(a.data(), a.data() + a.size());
+  } else {
     field = value.cast<T>();
+  }
 }
 
 py::object show(const auto& field) {
   using T = std::remove_cvref_t<decltype(field)>;
-  if constexpr (std::is_enum_v<T>)
+  if constexpr (std::is_enum_v<T>) {
     return py::cast(name_of(field));
-  else
+  } else if constexpr (std::is_same_v<T, Numbers>) {
+    if (field.empty()) return py::none();
+    return py::array_t<double>(py::ssize_t(field.size()), field.data());
+  } else if constexpr (std::is_same_v<T, std::vector<int64_t>>) {
+    return py::tuple(py::cast(field));
+  } else {
     return py::cast(field);
+  }
 }
 
 void set_field(GenerationConfig& c, const std::string& name, py::handle value) {

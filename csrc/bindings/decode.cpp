@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "bindings/convert.h"
+#include "decode/density.h"
 #include "decode/schedule.h"
 #include "decode/transfer.h"
 #include "runtime/bitmap.h"
@@ -21,11 +22,17 @@ void bind_decode(py::module_& m) {
       [](const py::dict& config, const std::vector<double>& confidence, int64_t step_in_block,
          int64_t masked_at_start) {
         std::vector<Proposal> proposals;
-        for (size_t i = 0; i < confidence.size(); ++i) proposals.push_back({int32_t(i), 0, confidence[i]});
+        for (size_t i = 0; i < confidence.size(); ++i) proposals.push_back({int32_t(i), 0, confidence[i], confidence[i]});
         return select_transfers(config_from_dict(config), {0, step_in_block, masked_at_start}, proposals);
       },
       py::arg("config"), py::arg("confidence"), py::arg("step_in_block") = 0, py::arg("masked_at_start") = 0,
       "Indices that a step commits, for proposals at positions 0, 1, ... with these confidences.");
+  m.def(
+      "certainty_density",
+      [](const std::vector<bool>& known, double sigma) {
+        return certainty_density(std::vector<uint8_t>(known.begin(), known.end()), sigma);
+      },
+      py::arg("known"), py::arg("sigma"), "Certainty density of every position (d2Cache).");
   py::class_<Bitmap>(m, "Bitmap")
       .def(py::init<int64_t>(), py::arg("size"))
       .def("set", &Bitmap::set)

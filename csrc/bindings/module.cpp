@@ -103,6 +103,8 @@ std::vector<T> column(const Result& r, T StepStats::* member) {
 py::dict stats_dict(const Result& r) {
   py::dict d;
   d["rows"] = column(r, &StepStats::rows);
+  d["layer_rows"] = column(r, &StepStats::layer_rows);
+  d["verify_rows"] = column(r, &StepStats::verify_rows);
   d["logit_rows"] = column(r, &StepStats::logit_rows);
   d["attention_pairs"] = column(r, &StepStats::attention_pairs);
   d["weight_bytes"] = column(r, &StepStats::weight_bytes);

@@ -10,9 +10,12 @@
 
 #include "ops/attention.h"
 #include "ops/elementwise.h"
+#include "ops/features.h"
 #include "ops/linear.h"
 #include "ops/philox.h"
+#include "ops/rollout.h"
 #include "ops/row_stats.h"
+#include "ops/similarity.h"
 #include "runtime/error.h"
 #include "runtime/isa.h"
 #include "runtime/parallel.h"
@@ -38,6 +41,7 @@ struct Matrix {
 
 void check_contiguous_rows(const py::array& a, const char* what) {
   if (a.ndim() != 2) fail<UsageError>(what, ": expected 2 dimensions, got ", a.ndim());
+  if (a.size() == 0) return;  // its strides mean nothing
   if (a.shape(1) > 1 && a.strides(1) != a.itemsize()) fail<UsageError>(what, ": elements of a row must be adjacent");
   if (a.shape(0) > 1 && (a.strides(0) < a.shape(1) * a.itemsize() || a.strides(0) % a.itemsize() != 0))
     fail<UsageError>(what, ": rows overlap or are not aligned");
@@ -64,6 +68,9 @@ Matrix matrix_of(const py::array& a, const char* what, DType dtype, int64_t cols
   return m;
 }
 
+// Of a vector; what is not one is refused by vector_of.
+int64_t length(const py::array& a) { return a.ndim() == 1 ? a.shape(0) : 0; }
+
 template <class T>
 const T* vector_of(const py::array& a, const char* what, int64_t n) {
   if (!py::isinstance<py::array_t<T>>(a) || a.ndim() != 1 || (n > 1 && a.strides(0) != a.itemsize()))
@@ -76,6 +83,18 @@ void check_range(const int32_t* values, int64_t n, int64_t end, const char* what
   for (int64_t i = 0; i < n; ++i)
     if (values[i] < 0 || values[i] >= end)
       fail<UsageError>(what, "[", i, "] = ", values[i], " is not in [0, ", end, ")");
+}
+
+// Row numbers of a matrix, each at most once: threads must not write to the same row.
+const int32_t* distinct_rows(const py::array& a, const char* what, int64_t n, int64_t end) {
+  const int32_t* rows = vector_of<int32_t>(a, what, n);
+  check_range(rows, n, end, what);
+  std::vector<bool> seen(static_cast<size_t>(end));
+  for (int64_t i = 0; i < n; ++i) {
+    if (seen[size_t(rows[i])]) fail<UsageError>(what, ": ", rows[i], " occurs twice");
+    seen[size_t(rows[i])] = true;
+  }
+  return rows;
 }
 
 py::array empty(DType dtype, int64_t rows, int64_t cols) {
@@ -111,20 +130,26 @@ Epilogue parse_epilogue(const std::string& name, const PackedLinear& w) {
   fail<UsageError>("epilogue = \"", name, "\": store, add or silu_mul");
 }
 
-void run_linear(const PackedLinear& w, const py::array& x_in, const py::array& out_in, const std::string& epilogue) {
+void run_linear(const PackedLinear& w, const py::array& x_in, const py::array& out_in, const std::string& epilogue,
+                const std::optional<py::array>& out_rows, int64_t panel_begin, int64_t panel_end) {
   const Epilogue e = parse_epilogue(epilogue, w);
   const Matrix x = matrix_of(x_in, "x", w.dtype, w.k);
-  const Matrix out = matrix(out_in, "out", e == Epilogue::SiluMul ? w.n / 2 : w.n, true);
-  if (out.rows != x.rows) fail<UsageError>("out: expected ", x.rows, " rows, got ", out.rows);
+  const int64_t last = panel_end < 0 ? w.panels() : panel_end;
+  if (panel_begin < 0 || panel_begin >= last || last > w.panels())
+    fail<UsageError>("panels [", panel_begin, ", ", last, ") of ", w.panels());
+  const int64_t width = e == Epilogue::SiluMul ? kPanel / 2 : kPanel, n = e == Epilogue::SiluMul ? w.n / 2 : w.n;
+  const Matrix out = matrix(out_in, "out", std::min(n, last * width) - panel_begin * width, true);
+  if (!out_rows && out.rows != x.rows) fail<UsageError>("out: expected ", x.rows, " rows, got ", out.rows);
   if (e == Epilogue::AddTo && out.dtype != DType::F32) fail<UsageError>("out: \"add\" accumulates in float32");
+  const int32_t* to = out_rows ? distinct_rows(*out_rows, "out_rows", x.rows, out.rows) : nullptr;
   const py::gil_scoped_release release;
-  linear({&w, x.data, x.rows, x.ld, out.data, out.ld, out.dtype, e});
+  linear({&w, x.data, x.rows, x.ld, out.data, out.ld, out.dtype, e, to, panel_begin, panel_end});
 }
 
 py::array run_embedding(const py::array& table_in, const py::array& tokens) {
   const Matrix table = matrix(table_in, "table");
   if (table.ld != table.cols) fail<UsageError>("table: must be contiguous");
-  const int64_t rows = tokens.ndim() == 1 ? tokens.shape(0) : 0;
+  const int64_t rows = length(tokens);
   const int32_t* ids = vector_of<int32_t>(tokens, "tokens", rows);
   check_range(ids, rows, table.rows, "tokens");
   py::array_t<float> out({rows, table.cols});
@@ -132,12 +157,17 @@ py::array run_embedding(const py::array& table_in, const py::array& tokens) {
   return out;
 }
 
-py::array run_rms_norm(const py::array& x_in, const py::array& weight, float eps, const std::string& dtype) {
+py::array run_rms_norm(const py::array& x_in, const py::array& weight, float eps, const std::string& dtype,
+                       const std::optional<py::array>& rows_in) {
   const Matrix x = matrix_of(x_in, "x", DType::F32, -1);
   const float* w = vector_of<float>(weight, "weight", x.cols);
   const DType out_dtype = parse_dtype(dtype);
-  py::array out = empty(out_dtype, x.rows, x.cols);
-  rms_norm({static_cast<const float*>(x.data), x.rows, x.cols, x.ld, w, eps, out.mutable_data(), x.cols, out_dtype});
+  const int64_t rows = rows_in ? length(*rows_in) : x.rows;
+  const int32_t* from = rows_in ? vector_of<int32_t>(*rows_in, "rows_in", rows) : nullptr;
+  if (from) check_range(from, rows, x.rows, "rows_in");
+  py::array out = empty(out_dtype, rows, x.cols);
+  rms_norm(
+      {static_cast<const float*>(x.data), rows, x.cols, x.ld, w, eps, out.mutable_data(), x.cols, out_dtype, from});
   return out;
 }
 
@@ -160,7 +190,7 @@ struct Slab {
   }
 
   py::tuple read(const py::array& positions) const {
-    const int64_t n = positions.ndim() == 1 ? positions.shape(0) : 0;
+    const int64_t n = length(positions);
     const int32_t* p = vector_of<int32_t>(positions, "positions", n);
     check_range(p, n, view.capacity, "positions");
     const std::vector<int64_t> shape{n, view.n_kv, view.head_dim};
@@ -199,10 +229,12 @@ py::array run_rope(const py::array& qkv_in, const py::array& cos_in, const py::a
   return q;
 }
 
-// sequences: (first row, end row, keys, slab) each.
+// sequences: (first row, end row, keys, slab) each. means: per sequence None or [its rows, >= its keys], written.
 py::array run_attention(const py::array& q_in, const std::vector<std::tuple<int64_t, int64_t, int64_t, const Slab*>>& s,
-                        int n_heads, float scale) {
+                        int n_heads, float scale, const std::vector<std::optional<py::array>>& means) {
   if (s.empty()) fail<UsageError>("attention: no sequence");
+  if (!means.empty() && means.size() != s.size())
+    fail<UsageError>("means: expected ", s.size(), ", got ", means.size());
   const KvSlab& first = std::get<3>(s[0])->view;
   if (n_heads < 1 || n_heads % first.n_kv) fail<UsageError>("n_heads = ", n_heads, " over n_kv = ", first.n_kv);
   const Matrix q = matrix_of(q_in, "q", first.dtype, int64_t(n_heads) * first.head_dim);
@@ -213,6 +245,12 @@ py::array run_attention(const py::array& q_in, const std::vector<std::tuple<int6
     if (slab->view.n_kv != first.n_kv || slab->view.head_dim != first.head_dim || slab->view.dtype != first.dtype)
       fail<UsageError>("attention: slabs differ");
     sequences.push_back({begin, end, keys, slab->view});
+    if (means.empty() || !means[sequences.size() - 1]) continue;
+    const Matrix mean = matrix_of(*means[sequences.size() - 1], "mean", DType::F32, -1, true);
+    if (mean.rows != end - begin || mean.cols < keys)
+      fail<UsageError>("mean: [", mean.rows, ", ", mean.cols, "] for ", end - begin, " rows and ", keys, " keys");
+    sequences.back().mean = static_cast<float*>(mean.data);
+    sequences.back().ld_mean = mean.ld;
   }
   py::array out = empty(first.dtype, q.rows, q.cols);
   const AttentionArgs args{q.data,
@@ -229,6 +267,74 @@ py::array run_attention(const py::array& q_in, const std::vector<std::tuple<int6
   const py::gil_scoped_release release;
   attention(args);
   return out;
+}
+
+// mean: [layers, rows, >= n_keys]
+py::array run_rollout(const py::array& mean, const py::array& rows_in, int64_t n_keys) {
+  if (!py::isinstance<py::array_t<float>>(mean) || mean.ndim() != 3)
+    fail<UsageError>("mean: expected float32 [l, r, k]");
+  if (mean.shape(0) == 0) fail<UsageError>("mean: no layer");
+  const Matrix layer = matrix_of(py::array(mean[py::int_(0)]), "mean", DType::F32, -1);
+  if (mean.strides(0) < 0 || mean.strides(0) % mean.itemsize()) fail<UsageError>("mean: layers are not aligned");
+  if (n_keys < 1 || n_keys > layer.cols) fail<UsageError>("n_keys = ", n_keys, " of ", layer.cols, " columns");
+  const int32_t* rows = vector_of<int32_t>(rows_in, "rows", layer.rows);
+  check_range(rows, layer.rows, n_keys, "rows");
+  for (int64_t r = 1; r < layer.rows; ++r)
+    if (rows[r] <= rows[r - 1]) fail<UsageError>("rows: must ascend");
+  py::array_t<float> out(n_keys);
+  rollout({static_cast<const float*>(layer.data), mean.strides(0) / mean.itemsize(), layer.ld, int(mean.shape(0)), rows,
+           layer.rows, n_keys, out.mutable_data()});
+  return out;
+}
+
+py::array run_value_similarity(const py::array& v_in, const py::array& positions, const Slab& slab) {
+  const Matrix v = matrix_of(v_in, "v", DType::F32, int64_t(slab.view.n_kv) * slab.view.head_dim);
+  const int32_t* p = vector_of<int32_t>(positions, "positions", v.rows);
+  check_range(p, v.rows, slab.view.capacity, "positions");
+  py::array_t<double> out(v.rows);
+  const ValueSimilarityArgs args{static_cast<const float*>(v.data), v.rows, v.ld, p, slab.view, out.mutable_data()};
+  const py::gil_scoped_release release;
+  value_similarity(args);
+  return out;
+}
+
+void run_write_values(const py::array& v_in, const py::array& positions, const Slab& slab) {
+  const Matrix v = matrix_of(v_in, "v", DType::F32, int64_t(slab.view.n_kv) * slab.view.head_dim);
+  const int32_t* p = distinct_rows(positions, "positions", v.rows, slab.view.capacity);
+  const py::gil_scoped_release release;
+  write_values({static_cast<const float*>(v.data), v.rows, v.ld, p, slab.view});
+}
+
+// kept: [positions, d], fp32 or bf16; changed. So is x.
+void run_store_and_add(const py::array& y_in, const py::array& kept_in, const py::array& positions,
+                       const py::array& x_in, const py::array& x_rows) {
+  const Matrix y = matrix_of(y_in, "y", DType::F32, -1), kept = matrix(kept_in, "kept", y.cols, true);
+  const Matrix x = matrix_of(x_in, "x", DType::F32, y.cols, true);
+  const int32_t* p = distinct_rows(positions, "positions", y.rows, kept.rows);
+  const int32_t* to = distinct_rows(x_rows, "x_rows", y.rows, x.rows);
+  const py::gil_scoped_release release;
+  store_and_add({static_cast<const float*>(y.data),
+                 y.rows,
+                 y.cols,
+                 y.ld,
+                 {kept.data, kept.ld, kept.dtype},
+                 p,
+                 static_cast<float*>(x.data),
+                 x.ld,
+                 to});
+}
+
+// x += a, then x += f, at x_rows.
+void run_add_kept(const py::array& a_in, const py::array& f_in, const py::array& positions, const py::array& x_in,
+                  const py::array& x_rows) {
+  const Matrix x = matrix_of(x_in, "x", DType::F32, -1, true);
+  const Matrix a = matrix(a_in, "a", x.cols), f = matrix(f_in, "f", x.cols);
+  const int64_t n = length(positions);
+  const int32_t* p = vector_of<int32_t>(positions, "positions", n);
+  check_range(p, n, std::min(a.rows, f.rows), "positions");
+  const int32_t* to = distinct_rows(x_rows, "x_rows", n, x.rows);
+  const py::gil_scoped_release release;
+  add_kept({{a.data, a.ld, a.dtype}, {f.data, f.ld, f.dtype}, n, x.cols, p, static_cast<float*>(x.data), x.ld, to});
 }
 
 // One array per field of RowStats.
@@ -320,12 +426,21 @@ void bind_ops(py::module_& m) {
       .def("read", &Slab::read, py::arg("positions"))
       .def_property_readonly("capacity", [](const Slab& s) { return s.view.capacity; });
 
-  m.def("linear", &run_linear, py::arg("w"), py::arg("x"), py::arg("out"), py::arg("epilogue") = "store");
+  m.def("linear", &run_linear, py::arg("w"), py::arg("x"), py::arg("out"), py::arg("epilogue") = "store",
+        py::arg("out_rows") = py::none(), py::arg("panel_begin") = 0, py::arg("panel_end") = -1);
   m.def("embedding", &run_embedding, py::arg("table"), py::arg("tokens"));
-  m.def("rms_norm", &run_rms_norm, py::arg("x"), py::arg("weight"), py::arg("eps"), py::arg("out_dtype"));
+  m.def("rms_norm", &run_rms_norm, py::arg("x"), py::arg("weight"), py::arg("eps"), py::arg("out_dtype"),
+        py::arg("rows_in") = py::none());
   m.def("rope_kv_write", &run_rope, py::arg("qkv"), py::arg("cos"), py::arg("sin"), py::arg("positions"),
         py::arg("slabs"), py::arg("row_to_slab"), py::arg("n_heads"));
-  m.def("attention", &run_attention, py::arg("q"), py::arg("sequences"), py::arg("n_heads"), py::arg("scale"));
+  m.def("attention", &run_attention, py::arg("q"), py::arg("sequences"), py::arg("n_heads"), py::arg("scale"),
+        py::arg("means") = std::vector<std::optional<py::array>>{});
+  m.def("rollout", &run_rollout, py::arg("mean"), py::arg("rows"), py::arg("n_keys"));
+  m.def("value_similarity", &run_value_similarity, py::arg("v"), py::arg("positions"), py::arg("slab"));
+  m.def("write_values", &run_write_values, py::arg("v"), py::arg("positions"), py::arg("slab"));
+  m.def("store_and_add", &run_store_and_add, py::arg("y"), py::arg("kept"), py::arg("positions"), py::arg("x"),
+        py::arg("x_rows"));
+  m.def("add_kept", &run_add_kept, py::arg("a"), py::arg("f"), py::arg("positions"), py::arg("x"), py::arg("x_rows"));
   m.def("row_stats", &run_row_stats, py::arg("logits"), py::arg("mask_id") = -1, py::arg("banned_id") = -1,
         py::arg("temperature") = 1.0f, py::arg("noise_scale") = 0.0, py::arg("seed") = 0, py::arg("step") = 0,
         py::arg("positions") = py::none());

@@ -7,6 +7,9 @@
 #include <vector>
 
 #include "decode/config.h"
+#include "model/spec.h"
+#include "model/step_input.h"
+#include "runtime/bitmap.h"
 
 namespace dllm {
 
@@ -17,19 +20,78 @@ struct BlockView {
   int64_t step;  // steps already taken in this block
 };
 
+// A sequence as a policy sees it when it plans a step.
+struct SequenceView {
+  int32_t prompt_length;
+  int64_t block_length;    // of GenerationConfig; the last block may be shorter
+  const Bitmap& editable;  // positions this generation decides
+  const Bitmap& masked;    // those not yet committed
+  int32_t first_stop;      // masked positions from here on are never read (the length, if there is no stop id)
+  BlockView block;
+  int64_t step;  // steps already taken
+  int32_t length() const { return int32_t(masked.size()); }
+};
+
 struct StepPlan {
   std::vector<int32_t> rows;  // positions to compute, ascending
+  bool importance = false;    // the policy wants attention rollout in StepOutcome
+  bool is_full = false;       // after this step every cached value is fresh
+  FeatureStep features;       // has layers only where a layer computes some of the rows (dLLM-Cache)
 };
+
+// What a step brought, for policies that learn from it.
+struct StepOutcome {
+  struct Score {
+    int32_t position;
+    double certainty;  // decode/transfer.h; the bare confidence with reference_quirks
+  };
+  std::span<const Score> scores;         // of every masked position that was computed
+  std::span<const int32_t> eligible;     // positions that could be committed, ascending
+  std::span<const int32_t> committed;    // those that were, ascending
+  std::span<const float> importance;     // [positions], where the plan asked for it
+};
+
+class BatchedRows;
 
 class CachePolicy {
  public:
   virtual ~CachePolicy() = default;
 
-  // length: positions on the canvas. shift: 1 where token i is read from row i - 1 (ModelSpec::logit_shift).
-  // The plan must contain row i - shift for every masked i of the block.
-  virtual void plan(int32_t length, const BlockView& block, int shift, StepPlan& out) const = 0;
+  // Plans the next step. stream: 0, or 1 for guidance's pass without the prompt, planned after it where it runs.
+  // Row i - shift predicts position i (ModelSpec::logit_shift).
+  virtual void plan(const SequenceView& view, int stream, StepPlan& out) = 0;
+  // Told after the step's commits; `view` is the state after them, with the block of the step.
+  virtual void observe(const SequenceView& view, const StepOutcome& outcome);
+  // True: logits are read for every masked position that a step computes, not only for the block's.
+  virtual bool wants_all_scores() const { return false; }
+
+  // Not null where sequences of a batch influence each other: the released d2Cache.
+  virtual BatchedRows* batched_rows() { return nullptr; }
 };
 
-std::unique_ptr<CachePolicy> make_cache_policy(CacheKind kind);
+// Batches of the released d2Cache: every sequence computes as many rows as the largest, chosen by scores that contain two
+// maxima over the batch.
+class BatchedRows {
+ public:
+  virtual double highest_prior() const = 0;  // of the step just observed
+  virtual void set_batch_prior(double highest) = 0;
+  virtual double spare_importance(const StepPlan& plan) const = 0;  // highest among rows that are not in the plan
+  virtual void top_up(int64_t rows, double spare_importance, StepPlan& plan) const = 0;
+
+ protected:
+  ~BatchedRows() = default;
+};
+
+std::unique_ptr<CachePolicy> make_cache_policy(const GenerationConfig& config, const ModelSpec& spec);
+
+void plan_everything(int32_t length, StepPlan& out);
+
+// The policies, one per file.
+std::unique_ptr<CachePolicy> make_no_cache();
+std::unique_ptr<CachePolicy> make_prefix_cache(const GenerationConfig& config, const ModelSpec& spec);
+std::unique_ptr<CachePolicy> make_dual_cache(const ModelSpec& spec);
+std::unique_ptr<CachePolicy> make_dllm_cache(const GenerationConfig& config, const ModelSpec& spec);
+std::unique_ptr<CachePolicy> make_d2_cache(const GenerationConfig& config, const ModelSpec& spec);
+std::unique_ptr<CachePolicy> make_released_d2_cache(const GenerationConfig& config, const ModelSpec& spec);
 
 }  // namespace dllm

@@ -48,6 +48,10 @@ void apply_guidance(float* cond, const float* uncond, int64_t vocab, float scale
   for (int64_t i = 0; i < vocab; ++i) cond[i] = uncond[i] + (scale + 1.0f) * (cond[i] - uncond[i]);
 }
 
+void apply_kept_guidance(float* cond, const float* difference, int64_t vocab, float scale) {
+  for (int64_t i = 0; i < vocab; ++i) cond[i] += scale * difference[i];
+}
+
 void filter_row(float* logits, int64_t vocab, const GenerationConfig& c, const ops::RowStatsParams& params) {
   if (params.banned_id >= 0) logits[params.banned_id] = kFiltered;
   if (params.temperature != 1.0f)

@@ -22,13 +22,12 @@ std::vector<int32_t> order_by(std::span<const double> score) {
   return order;
 }
 
-// Drawing n positions without replacement by softmax(confidence / alg_temp) is taking the n largest of
-// confidence / alg_temp + Gumbel noise (Efraimidis and Spirakis 2006; Kool et al. 2019).
+// Drawing n positions without replacement by softmax(score / alg_temp) is taking the n largest of score / alg_temp +
+// Gumbel noise (Efraimidis and Spirakis 2006; Kool et al. 2019).
 std::vector<double> scores_of(const GenerationConfig& c, const StepPosition& at, std::span<const Proposal> proposals) {
   std::vector<double> score;
   for (const Proposal& p : proposals)
-    score.push_back(c.alg_temp ? p.confidence / *c.alg_temp + gumbel(selection_uniform(c, at.step, p.position))
-                               : p.confidence);
+    score.push_back(c.alg_temp ? p.score / *c.alg_temp + gumbel(selection_uniform(c, at.step, p.position)) : p.score);
   return score;
 }
 
@@ -39,12 +38,71 @@ int64_t count_by_steps(const GenerationConfig& c, const StepPosition& at, int64_
                                        : dream_transfer_count(eligible, c.eps, steps, at.step_in_block);
 }
 
-// Fast-dLLM (arXiv 2505.22618, Theorem 1 and section 3.3): the largest n such that every k <= n is 1 or satisfies
-// (k + 1)(1 - c_k) < f. The released code commits one more where the last candidate fails; this is the stated rule.
-int64_t count_by_factor(double factor, std::span<const Proposal> p, std::span<const int32_t> order) {
-  int64_t n = 1;
-  while (n < int64_t(order.size()) && double(n + 2) * (1.0 - p[size_t(order[size_t(n)])].confidence) < factor) ++n;
-  return n;
+// What threshold and factor compare: the confidence. The released d2Cache harness compares the score.
+double compared(const GenerationConfig& c, const Proposal& p) { return c.reference_quirks ? p.score : p.confidence; }
+
+// The stable proposals by falling compared value.
+std::vector<int32_t> order_of_stable(const GenerationConfig& c, std::span<const Proposal> proposals) {
+  std::vector<double> value;
+  for (const Proposal& p : proposals) value.push_back(compared(c, p));
+  std::vector<int32_t> order = order_by(value);
+  std::erase_if(order, [&](int32_t i) { return !proposals[size_t(i)].stable; });
+  return order;
+}
+
+std::vector<int32_t> choose_by_threshold(const GenerationConfig& c, std::span<const Proposal> proposals) {
+  std::vector<int32_t> chosen;
+  for (size_t i = 0; i < proposals.size(); ++i)
+    if (proposals[i].stable && compared(c, proposals[i]) >= c.effective_threshold()) chosen.push_back(int32_t(i));
+  return chosen;
+}
+
+// Fast-dLLM (arXiv 2505.22618, Theorem 1 and section 3.3): the largest n such that (k + 1)(1 - c_k) < f for every k <= n.
+// The released code of Fast-dLLM commits one more where the last candidate fails; this is the stated rule. The harness of
+// d2Cache commits one less where none fails.
+std::vector<int32_t> choose_by_factor(const GenerationConfig& c, std::span<const Proposal> proposals) {
+  std::vector<int32_t> order = order_of_stable(c, proposals);
+  size_t n = 0;
+  while (n < order.size() && double(n + 2) * (1.0 - compared(c, proposals[size_t(order[n])])) < *c.factor) ++n;
+  if (c.reference_quirks && n == order.size() && n > 0) --n;
+  order.resize(n);
+  return order;
+}
+
+// EB-sampler (arXiv 2505.24857): the longest prefix in order of score with sum H - max H <= gamma. The released d2Cache
+// harness takes the maximum over the batch instead, which for one sequence is the newest entropy.
+std::vector<int32_t> choose_by_entropy_bound(const GenerationConfig& c, std::span<const Proposal> proposals,
+                                             std::span<const int32_t> order) {
+  std::vector<int32_t> chosen;
+  double sum = 0, highest = 0;
+  for (int32_t i : order) {
+    const double h = proposals[size_t(i)].entropy;
+    sum += h;
+    highest = c.reference_quirks ? h : std::max(highest, h);
+    if (sum - highest > *c.gamma) break;
+    chosen.push_back(i);
+  }
+  return chosen;
+}
+
+// Left to right: a prefix of the run of neighbours that begins at the first masked position.
+std::vector<int32_t> choose_leading(const GenerationConfig& c, const StepPosition& at,
+                                    std::span<const Proposal> proposals) {
+  int64_t run = std::min<int64_t>(1, int64_t(proposals.size()));
+  while (run < int64_t(proposals.size()) &&
+         proposals[size_t(run)].position == proposals[size_t(run - 1)].position + 1)
+    ++run;
+  int64_t n = 0;
+  if (c.rule() == TransferRule::Steps)
+    n = count_by_steps(c, at, int64_t(proposals.size()));
+  else if (c.rule() == TransferRule::Threshold)
+    while (n < run && proposals[size_t(n)].confidence >= c.effective_threshold()) ++n;
+  else if (c.reference_quirks)
+    n = run;
+  const int64_t least = c.rule() == TransferRule::Steps && !c.num_transfer_tokens ? 0 : c.min_transfer();
+  std::vector<int32_t> chosen(size_t(std::min(std::max(n, least), run)));
+  std::iota(chosen.begin(), chosen.end(), 0);
+  return chosen;
 }
 
 std::vector<int32_t> select_origin(const GenerationConfig& c, const StepPosition& at,
@@ -71,8 +129,12 @@ ops::RowStatsParams stats_params(const GenerationConfig& c, const ModelSpec& spe
   return p;
 }
 
+double certainty(const GenerationConfig& c, double confidence) {
+  return c.remasking == Remasking::Entropy ? std::exp(confidence) : confidence;
+}
+
 Proposal propose(const GenerationConfig& c, const ModelSpec& spec, int32_t position, uint32_t step,
-                 const ops::RowStats& s) {
+                 const ops::RowStats& s, const ScoreContext& context) {
   auto probability = [&](float logit) { return std::exp(double(logit) - s.log_sum_exp); };
   double confidence = 0;
   switch (c.remasking) {
@@ -93,36 +155,55 @@ Proposal propose(const GenerationConfig& c, const ModelSpec& spec, int32_t posit
   }
   const bool stops = std::find(spec.stop_ids.begin(), spec.stop_ids.end(), s.sampled_id) != spec.stop_ids.end();
   if (c.confidence_eos_eot_inf && stops) confidence = 0;
-  return {position, s.sampled_id, confidence};
+
+  // PC-Sampler (arXiv 2508.13021): rare tokens count for more.
+  const auto debiased = [&](double x) {
+    return std::min(-x * std::log(c.token_frequencies[size_t(s.sampled_id)] + 1e-10), c.clip_alpha);
+  };
+  const bool debias = !c.token_frequencies.empty();
+  if (debias && c.reference_quirks) confidence = debiased(confidence);
+  double score = confidence;
+  if (c.has_score_transform()) {
+    if (!c.reference_quirks) score = certainty(c, confidence);
+    if (debias && !c.reference_quirks) score = debiased(score);
+    score *= context.density * std::exp(-c.position_decay * context.from_block_start);
+  }
+  return {position, s.sampled_id, confidence, score, s.entropy};
 }
 
 std::vector<int32_t> select_transfers(const GenerationConfig& c, const StepPosition& at,
                                       std::span<const Proposal> proposals) {
   if (c.remasking == Remasking::Origin) return select_origin(c, at, proposals);
-  const std::vector<double> score = scores_of(c, at, proposals);
-  std::vector<int32_t> order = order_by(score);
+  if (c.autoregressive) return choose_leading(c, at, proposals);
+  std::vector<int32_t> order = order_by(scores_of(c, at, proposals));
   const int64_t eligible = int64_t(order.size());
 
-  int64_t n = 0;
+  std::vector<int32_t> chosen;
+  int64_t least = c.min_transfer();
   switch (c.rule()) {
     case TransferRule::Steps:
-      n = count_by_steps(c, at, eligible);
-      if (c.num_transfer_tokens) n = std::max(n, c.min_transfer());
+      least = std::max(count_by_steps(c, at, eligible), c.num_transfer_tokens.value_or(0));
       break;
     case TransferRule::Threshold:
-      while (n < eligible && score[size_t(order[size_t(n)])] >= c.effective_threshold()) ++n;
-      n = std::max(n, c.min_transfer());
+      chosen = choose_by_threshold(c, proposals);
       break;
     case TransferRule::Factor:
-      n = std::max(count_by_factor(c.factor.value(), proposals, order), c.min_transfer());
+      chosen = choose_by_factor(c, proposals);
+      break;
+    case TransferRule::Gamma:
+      chosen = choose_by_entropy_bound(c, proposals, order);
       break;
     case TransferRule::Count:
-      n = c.min_transfer();
       break;
   }
-  order.resize(size_t(std::min(n, eligible)));
-  std::sort(order.begin(), order.end());
-  return order;
+  // KLASS falls back only where its filter leaves nothing; the other rules promise `least`.
+  const bool enough = c.kl_threshold ? !chosen.empty() : int64_t(chosen.size()) >= least;
+  if (!enough) {
+    order.resize(size_t(std::min(least, eligible)));
+    chosen = order;
+  }
+  std::sort(chosen.begin(), chosen.end());
+  return chosen;
 }
 
 }  // namespace dllm

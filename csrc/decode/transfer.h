@@ -15,7 +15,10 @@ namespace dllm {
 struct Proposal {
   int32_t position;
   int32_t token;
-  double confidence;  // by `remasking`; larger commits earlier
+  double confidence;   // by `remasking`: what threshold and factor look at
+  double score;        // what positions are ordered by: the confidence, unless a score transform is in force
+  double entropy = 0;  // of the position's distribution, in nats (gamma)
+  bool stable = true;  // KLASS lets threshold and factor choose it
 };
 
 // Where in its block a sequence is.
@@ -25,9 +28,18 @@ struct StepPosition {
   int64_t masked_at_start;  // positions that were masked when the block began
 };
 
-// x0 and its confidence from a row's statistics.
+// What a score transform knows of a position.
+struct ScoreContext {
+  double density = 1;  // certainty density, 1 where no prior is in force
+  int32_t from_block_start = 0;
+};
+
+// The confidence as a number that orders positions and may be multiplied: exp(-H) for negative entropies.
+double certainty(const GenerationConfig& config, double confidence);
+
+// x0, its confidence and its score from a row's statistics.
 Proposal propose(const GenerationConfig& config, const ModelSpec& spec, int32_t position, uint32_t step,
-                 const ops::RowStats& stats);
+                 const ops::RowStats& stats, const ScoreContext& context);
 
 // Indices into `proposals` (ascending positions) to commit, ascending. Never empty where a rule promises progress; may be
 // empty under the Dream schedule, whose counts are truncated. Ties in confidence go to the lowest position.

@@ -4,6 +4,7 @@
 
 #include "decode/filters.h"
 #include "runtime/error.h"
+#include "runtime/parallel.h"
 
 namespace dllm {
 
@@ -48,73 +49,129 @@ void Engine::check_prompt(size_t index, const std::vector<int32_t>& prompt, cons
     fail<ConfigError>("gen_length = 0 is not allowed: it must be at least 1, unless the prompt has positions to fill");
 }
 
+namespace {
+
+// What the released d2Cache harness does not have, or does in a way that is not reproduced.
+void check_quirks(const std::vector<std::vector<int32_t>>& prompts, const GenerationConfig& config,
+                  const GenerateOptions& options) {
+  if (options.infill) fail<ConfigError>("infill with reference_quirks is not allowed: the released harness has none");
+  for (size_t i = 1; i < prompts.size(); ++i)
+    if (config.cache == CacheKind::D2 && options.batch_size > 1 && prompts[i].size() != prompts[0].size())
+      fail<ConfigError>("reference_quirks with cache d2 runs batches of equal lengths only, prompt ", i, " has ",
+                        prompts[i].size(), " tokens and prompt 0 has ", prompts[0].size(), "; use batch_size = 1");
+}
+
+// Batches of the released d2Cache: rows are filled up to the largest sequence's.
+void top_up(const std::vector<Sequence*>& active) {
+  size_t rows = 0;
+  double importance = 0;
+  for (Sequence* s : active) {
+    rows = std::max(rows, s->plan().rows.size());
+    importance = std::max(importance, s->batched_rows()->spare_importance(s->plan()));
+  }
+  for (Sequence* s : active) s->batched_rows()->top_up(int64_t(rows), importance, s->plan());
+}
+
+void share_priors(const std::vector<Sequence*>& active) {
+  double highest = active[0]->batched_rows()->highest_prior();
+  for (Sequence* s : active) highest = std::max(highest, s->batched_rows()->highest_prior());
+  for (Sequence* s : active) s->batched_rows()->set_batch_prior(highest);
+}
+
+// The statistics pass over rows that are already filtered.
+ops::RowStatsParams filtered_params(const GenerationConfig& config, const ModelSpec& spec) {
+  ops::RowStatsParams p = stats_params(config, spec);
+  p.banned_id = -1;
+  p.temperature = 1.0f;
+  return p;
+}
+
+}  // namespace
+
 std::vector<Result> Engine::generate(const std::vector<std::vector<int32_t>>& prompts, const GenerationConfig& config,
                                      const GenerateOptions& options) {
   config.validate();
+  config.validate_for(spec_.vocab_size, spec_.n_layers);
   if (options.batch_size < 1)
     fail<ConfigError>("batch_size = ", options.batch_size, " is not allowed: it must be at least 1");
   for (size_t i = 0; i < prompts.size(); ++i) check_prompt(i, prompts[i], config, options.infill);
+  if (config.reference_quirks) check_quirks(prompts, config, options);
   if (running_ == std::this_thread::get_id())
     fail<UsageError>("generate() was called from within on_step; call it after the running generate() has returned");
   const std::lock_guard lock(mutex_);
   const RunningMark mark(running_);
 
+  // The released d2Cache pads rows to the largest sequence of a fixed batch, whose blocks begin together.
+  const bool fixed_groups = config.reference_quirks && config.cache == CacheKind::D2;
   std::vector<Result> results(prompts.size());
-  std::vector<std::unique_ptr<Sequence>> active;
-  std::vector<size_t> index_of;  // of active sequences
+  std::vector<std::unique_ptr<Sequence>> running;
+  std::vector<Sequence*> active;
   size_t next = 0;
-  while (next < prompts.size() || !active.empty()) {
-    for (; next < prompts.size() && int64_t(active.size()) < options.batch_size; ++next) {
-      active.push_back(
-          std::make_unique<Sequence>(int64_t(next), prompts[next], options.infill, config, spec_, weights_.dtype));
-      index_of.push_back(next);
-    }
-    for (size_t i = 0; i < active.size();) {
-      if (active[i]->advance()) {
-        ++i;
-        continue;
-      }
-      results[index_of[i]] = active[i]->take_result();
-      active.erase(active.begin() + int64_t(i));
-      index_of.erase(index_of.begin() + int64_t(i));
-    }
-    if (!active.empty()) step(active, config, options);
+  while (next < prompts.size() || !running.empty()) {
+    if (!fixed_groups || running.empty())
+      for (; next < prompts.size() && int64_t(running.size()) < options.batch_size; ++next)
+        running.push_back(
+            std::make_unique<Sequence>(int64_t(next), prompts[next], options.infill, config, spec_, weights_.dtype));
+    std::erase_if(running, [&](const std::unique_ptr<Sequence>& s) {
+      const bool finished = !s->advance();
+      if (finished) results[size_t(s->index())] = s->take_result();
+      return finished;
+    });
+    if (running.empty()) continue;
+    int64_t block = running[0]->block();
+    for (const auto& s : running) block = std::min(block, s->block());
+    active.clear();
+    for (const auto& s : running)
+      if (!fixed_groups || s->block() == block) active.push_back(s.get());
+    step(active, config, options);
   }
   return results;
 }
 
-void Engine::step(std::vector<std::unique_ptr<Sequence>>& active, const GenerationConfig& config,
+void Engine::step(const std::vector<Sequence*>& active, const GenerationConfig& config,
                   const GenerateOptions& options) {
   if (options.interrupt && *options.interrupt) fail<Interrupted>("generation was interrupted");
   const auto begin = Clock::now();
   input_.clear();
-  for (auto& s : active) s->append_rows(input_);
-  const ops::RowStats* stats = evaluate(active, config);
+  for (Sequence* s : active) s->plan_step();
+  const bool batched = active[0]->batched_rows() && active.size() > 1;
+  if (batched) top_up(active);
+  for (Sequence* s : active) s->append_rows(input_);
+  evaluate(active, config);
   const double seconds = std::chrono::duration<double>(Clock::now() - begin).count();
 
-  size_t first = 0;  // this sequence's first entry of input_.sequences
-  for (auto& s : active) {
+  size_t stream = 0;  // this sequence's first entry of input_.sequences
+  const ops::RowStats *reads = stats_.data(), *blanks = blank_stats_.data();
+  for (Sequence* s : active) {
     StepStats counters;
     counters.seconds = seconds;
     counters.weight_bytes = transformer_.weight_bytes();
-    counters.logit_rows = s->logit_rows() * s->streams();
-    for (int64_t i = 0; i < s->streams(); ++i, ++first) {
-      const auto& q = input_.sequences[first];
+    counters.logit_rows = int64_t(s->reads().size()) * s->evaluated_streams();
+    const std::span<const float> importance =
+        input_.sequences[stream].importance ? transformer_.importance(stream) : std::span<const float>();
+    for (int64_t i = 0; i < s->evaluated_streams(); ++i, ++stream) {
+      const auto& q = input_.sequences[stream];
+      const StepWork& work = transformer_.work(stream);
       counters.rows += q.row_end - q.row_begin;
-      counters.attention_pairs += transformer_.attention_pairs(q.row_end - q.row_begin, s->logit_rows(), q.n_keys);
+      counters.layer_rows += work.layer_rows;
+      counters.verify_rows += work.verify_rows;
+      counters.selection_seconds += work.selection_seconds;
+      counters.attention_pairs += work.attention_pairs;
     }
     StepEvent event;
-    s->commit(stats, counters, event);
-    stats += s->logit_rows();
+    s->commit(reads, blanks, importance, counters, event);
+    reads += s->reads().size();
+    blanks += s->blanks().size();
     if (options.on_step && !options.on_step(event)) fail<Interrupted>("on_step asked to stop the generation");
   }
+  if (batched) share_priors(active);
 }
 
-// Statistics of every active sequence's logit rows, in order.
-const ops::RowStats* Engine::evaluate(const std::vector<std::unique_ptr<Sequence>>& active,
-                                      const GenerationConfig& config) {
+// Statistics of every active sequence's reads, in order, then of its blanks.
+void Engine::evaluate(const std::vector<Sequence*>& active, const GenerationConfig& config) {
   keys_.clear();
-  for (const auto& s : active) s->append_keys(keys_);
+  for (const Sequence* s : active)
+    for (int32_t p : s->reads()) keys_.push_back(s->key(p));
   stats_.resize(keys_.size());
   transformer_.forward(input_);
   if (config.needs_logits())
@@ -122,36 +179,52 @@ const ops::RowStats* Engine::evaluate(const std::vector<std::unique_ptr<Sequence
   else
     transformer_.row_stats(stats_params(config, spec_), keys_.data(), stats_.data());
   require_finite(active);
-  return stats_.data();
+  if (config.reference_quirks) fill_blanks(active, config);
 }
 
 // The path with whole logits rows: guidance, then filters, then the same statistics.
-void Engine::combine_logits(const std::vector<std::unique_ptr<Sequence>>& active, const GenerationConfig& config) {
-  ops::RowStatsParams params = stats_params(config, spec_);
+void Engine::combine_logits(const std::vector<Sequence*>& active, const GenerationConfig& config) {
+  const ops::RowStatsParams params = stats_params(config, spec_), filtered = filtered_params(config, spec_);
+  const int64_t vocab = spec_.vocab_size;
   int64_t ld = 0;
   float* logits = transformer_.logits(ld);
   ops::RowStats* out = stats_.data();
   const NoiseKey* keys = keys_.data();
-  ops::RowStatsParams filtered = params;
-  filtered.banned_id = -1;
-  filtered.temperature = 1.0f;
-  for (const auto& s : active) {
-    const int64_t n = s->logit_rows();
-    for (int64_t r = 0; r < n; ++r) {
-      float* row = logits + r * ld;
-      if (s->streams() == 2) apply_guidance(row, row + n * ld, spec_.vocab_size, float(config.cfg_scale));
-      filter_row(row, spec_.vocab_size, config, params);
-    }
-    ops::row_stats(logits, n, spec_.vocab_size, ld, filtered, keys, out);
-    logits += n * s->streams() * ld;
+  for (Sequence* s : active) {
+    const int64_t n = int64_t(s->reads().size());
+    parallel_for(n, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) {
+        float* row = logits + r * ld;
+        const int32_t position = s->reads()[size_t(r)];
+        if (config.cfg_scale > 0) s->guide(position, row, row + n * ld);
+        filter_row(row, vocab, config, params);
+        ops::row_stats(row, 1, vocab, ld, filtered, keys + r, out + r);
+        s->note_distribution(position, row, out[r].log_sum_exp);
+      }
+    });
+    logits += n * s->evaluated_streams() * ld;
     keys += n;
     out += n;
   }
 }
 
+// reference_quirks: positions that were not computed count as logits of zero.
+void Engine::fill_blanks(const std::vector<Sequence*>& active, const GenerationConfig& config) {
+  std::vector<float> row(size_t(spec_.vocab_size), 0.0f);
+  filter_row(row.data(), spec_.vocab_size, config, stats_params(config, spec_));
+  const ops::RowStatsParams params = filtered_params(config, spec_);
+  blank_stats_.clear();
+  for (Sequence* s : active)
+    for (int32_t p : s->blanks()) {
+      const NoiseKey key = s->key(p);
+      ops::row_stats(row.data(), 1, spec_.vocab_size, spec_.vocab_size, params, &key, &blank_stats_.emplace_back());
+      s->note_distribution(p, row.data(), blank_stats_.back().log_sum_exp);
+    }
+}
+
 // A NaN or an infinity must not be decoded as if it were an answer. The failed step is run once more with checks between
 // the layers: the rows it writes are the same, so this finds where it began.
-void Engine::require_finite(const std::vector<std::unique_ptr<Sequence>>& active) {
+void Engine::require_finite(const std::vector<Sequence*>& active) {
   const bool ok = std::all_of(stats_.begin(), stats_.end(), [](const ops::RowStats& s) { return s.finite; });
   if (ok) return;
   const std::string where = "at step " + std::to_string(active[0]->step()) + ": ";

@@ -46,11 +46,11 @@ class Engine {
   Engine(std::unique_ptr<Checkpoint> checkpoint, DType dtype, const LoadProgress& progress);
   void check_prompt(size_t index, const std::vector<int32_t>& prompt, const GenerationConfig& config,
                     bool infill) const;
-  void step(std::vector<std::unique_ptr<Sequence>>& active, const GenerationConfig& config,
-            const GenerateOptions& options);
-  const ops::RowStats* evaluate(const std::vector<std::unique_ptr<Sequence>>& active, const GenerationConfig& config);
-  void combine_logits(const std::vector<std::unique_ptr<Sequence>>& active, const GenerationConfig& config);
-  void require_finite(const std::vector<std::unique_ptr<Sequence>>& active);
+  void step(const std::vector<Sequence*>& active, const GenerationConfig& config, const GenerateOptions& options);
+  void evaluate(const std::vector<Sequence*>& active, const GenerationConfig& config);
+  void combine_logits(const std::vector<Sequence*>& active, const GenerationConfig& config);
+  void fill_blanks(const std::vector<Sequence*>& active, const GenerationConfig& config);
+  void require_finite(const std::vector<Sequence*>& active);
 
   ModelSpec spec_;
   Weights weights_;
@@ -62,7 +62,7 @@ class Engine {
   // Of the step in progress; kept so that their memory is reused.
   StepInput input_;
   std::vector<NoiseKey> keys_;
-  std::vector<ops::RowStats> stats_;
+  std::vector<ops::RowStats> stats_, blank_stats_;  // of the sequences' reads() and blanks(), one after the other
 };
 
 }  // namespace dllm

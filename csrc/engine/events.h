@@ -14,7 +14,7 @@ struct StepEvent {
   std::vector<int32_t> positions;  // committed by this step, absolute, ascending
   std::vector<int32_t> token_ids;
   int64_t rows;  // computed for this sequence
-  bool is_full;  // every position was computed: the cache is fresh
+  bool is_full;  // every position was computed: every cached value is fresh
 };
 
 // Returns false to stop the whole generate() call, which then throws Interrupted.
@@ -22,12 +22,15 @@ using StepCallback = std::function<bool(const StepEvent&)>;
 
 // Counters of one step, for one sequence (both passes of guidance are counted).
 struct StepStats {
-  int64_t rows = 0;             // pushed through the layers
+  int64_t rows = 0;             // in the step's plan: pushed through the layers, or carried past some of them (dLLM-Cache)
+  int64_t layer_rows = 0;       // rows that a layer computed, summed over layers: n_layers * rows but for dLLM-Cache
+  int64_t verify_rows = 0;      // rows of which a layer computed V only, to compare it, summed over layers
   int64_t logit_rows = 0;       // pushed through the LM head
   int64_t attention_pairs = 0;  // query rows x keys, summed over layers
   int64_t weight_bytes = 0;     // packed weights read by the step, shared by all sequences that ran in it
   int64_t commits = 0;          // positions committed
   double seconds = 0;           // wall time of the step, all sequences that ran in it
+  double selection_seconds = 0;  // of this sequence, spent choosing rows: densities, rollout, similarities, sorting
 };
 
 struct Result {

@@ -2,7 +2,9 @@
 
 #include <algorithm>
 
-#include "runtime/error.h"
+#include "cache/d2_rows.h"
+#include "decode/filters.h"
+#include "runtime/stopwatch.h"
 
 namespace dllm {
 
@@ -14,7 +16,7 @@ double seconds_since(std::chrono::steady_clock::time_point t) {
 
 Sequence::Sequence(int64_t index, const std::vector<int32_t>& prompt, bool infill, const GenerationConfig& config,
                    const ModelSpec& spec, DType dtype)
-    : index_(index), config_(config), spec_(spec), policy_(make_cache_policy(config.cache)),
+    : index_(index), config_(config), spec_(spec), policy_(make_cache_policy(config, spec)),
       started_(std::chrono::steady_clock::now()) {
   const int64_t length = int64_t(prompt.size()) + config.gen_length;
   canvas_.prompt_length = int32_t(prompt.size());
@@ -26,7 +28,13 @@ Sequence::Sequence(int64_t index, const std::vector<int32_t>& prompt, bool infil
   canvas_.masked = canvas_.editable;
   commit_step_.assign(size_t(length), -1);
   first_stop_ = int32_t(length);
-  for (int i = 0; i < (config.cfg_scale > 0 ? 2 : 1); ++i) kv_.emplace_back(spec, dtype, length);
+  for (int i = 0; i < (config.cfg_scale > 0 ? 2 : 1); ++i) {
+    Stream& s = streams_.emplace_back();
+    s.kv = KvCache(spec, dtype, length);
+    if (config.cache == CacheKind::DLLM) s.features = FeatureCache(spec, dtype, length);
+  }
+  if (config.dllm.cfg_interval_steps > 1) guidance_.resize(size_t(length));
+  if (config.kl_threshold) history_.emplace(length, config.kl_history_length, config.reference_quirks);
 }
 
 bool Sequence::advance() {
@@ -63,42 +71,115 @@ void Sequence::find_eligible() {
     if (canvas_.masked.test(p) && p < first_stop_) eligible_.push_back(p);
 }
 
+SequenceView Sequence::view() const {
+  return {canvas_.prompt_length,
+          config_.block_length,
+          canvas_.editable,
+          canvas_.masked,
+          first_stop_,
+          {block_positions_, block_begin_, at_.step_in_block},
+          int64_t(at_.step)};
+}
+
+bool Sequence::is_computed(int32_t position) const {
+  const std::vector<int32_t>& rows = streams_[0].plan.rows;
+  return std::binary_search(rows.begin(), rows.end(), position - spec_.logit_shift);
+}
+
+void Sequence::plan_step() {
+  selection_seconds_ = 0;
+  const Stopwatch watch(selection_seconds_);
+  // dLLM-Cache keeps the guidance difference; its released code evaluates it at the first five steps too.
+  const int64_t interval = config_.dllm.cfg_interval_steps;
+  const bool guided = at_.step < 5 || at_.step % interval == 0;
+  evaluated_ = guided ? int64_t(streams_.size()) : 1;
+  for (int64_t i = 0; i < evaluated_; ++i) policy_->plan(view(), int(i), streams_[size_t(i)].plan);
+  if (config_.prior_sigma() > 0) density_ = density_of(view(), config_.prior_sigma());
+}
+
 void Sequence::append_rows(StepInput& in) {
-  policy_->plan(canvas_.length(), {block_positions_, block_begin_, at_.step_in_block}, spec_.logit_shift, plan_);
-  for (size_t stream = 0; stream < kv_.size(); ++stream) {
+  reads_.clear();
+  blanks_.clear();
+  const bool all = policy_->wants_all_scores() || history_ || (!guidance_.empty() && evaluated_ == 2);
+  const auto read = [&](int32_t p) {
+    if (is_computed(p))
+      reads_.push_back(p);
+    else if (config_.reference_quirks)
+      blanks_.push_back(p);
+  };
+  if (all)
+    canvas_.masked.for_each([&](int64_t p) {
+      if (p < first_stop_ || config_.reference_quirks) read(int32_t(p));
+    });
+  else
+    for (int32_t p : eligible_) read(p);
+  if (!config_.reference_quirks) std::erase_if(eligible_, [&](int32_t p) { return !is_computed(p); });
+
+  for (size_t i = 0; i < size_t(evaluated_); ++i) {
+    const Stream& stream = streams_[i];
+    const StepPlan& plan = stream.plan;
     const int64_t begin = int64_t(in.tokens.size());
-    size_t row = 0;
-    for (int32_t p : eligible_) {
-      row = size_t(std::lower_bound(plan_.rows.begin() + int64_t(row), plan_.rows.end(), p - spec_.logit_shift) -
-                   plan_.rows.begin());
-      in.out_rows.push_back(begin + int64_t(row));
+    auto row = plan.rows.begin();
+    for (int32_t p : reads_) {
+      row = std::lower_bound(row, plan.rows.end(), p - spec_.logit_shift);
+      in.out_rows.push_back(int32_t(begin + (row - plan.rows.begin())));
     }
-    for (int32_t p : plan_.rows) {
-      const bool hidden = stream == 1 && p < canvas_.prompt_length && !canvas_.editable.test(p);
+    for (int32_t p : plan.rows) {
+      const bool hidden = i == 1 && p < canvas_.prompt_length && !canvas_.editable.test(p);
       in.tokens.push_back(hidden ? spec_.mask_id : canvas_.tokens[size_t(p)]);
       in.positions.push_back(p);
     }
-    in.sequences.push_back({begin, int64_t(in.tokens.size()), canvas_.length(), kv_[stream].slabs()});
+    in.sequences.push_back({begin, int64_t(in.tokens.size()), canvas_.length(), stream.kv.slabs(),
+                            plan.importance && i == 0, plan.features.layers.empty() ? nullptr : &plan.features,
+                            stream.features.slabs()});
   }
 }
 
-void Sequence::append_keys(std::vector<NoiseKey>& keys) const {
-  for (int32_t p : eligible_) keys.push_back({config_.seed, at_.step, uint32_t(p)});
+void Sequence::guide(int32_t position, float* cond, const float* uncond) {
+  const int64_t vocab = spec_.vocab_size;
+  const float scale = float(config_.cfg_scale);
+  if (evaluated_ == 1) return apply_kept_guidance(cond, guidance_[size_t(position)].data(), vocab, scale);
+  if (!guidance_.empty()) {
+    std::vector<float>& kept = guidance_[size_t(position)];
+    kept.resize(size_t(vocab));
+    for (int64_t v = 0; v < vocab; ++v) kept[size_t(v)] = cond[v] - uncond[v];
+  }
+  apply_guidance(cond, uncond, vocab, scale);
+}
+
+void Sequence::note_distribution(int32_t position, const float* logits, double log_sum_exp) {
+  if (history_) history_->update(position, logits, spec_.vocab_size, log_sum_exp);
 }
 
 void Sequence::note_stop(int32_t position, int32_t token) {
   if (!config_.stop_at_eos || position < canvas_.prompt_length) return;
-  if (std::find(spec_.stop_ids.begin(), spec_.stop_ids.end(), token) != spec_.stop_ids.end())
-    first_stop_ = std::min(first_stop_, position);
+  const auto end = config_.reference_quirks ? spec_.stop_ids.begin() + 1 : spec_.stop_ids.end();  // EOS only
+  if (std::find(spec_.stop_ids.begin(), end, token) != end) first_stop_ = std::min(first_stop_, position);
 }
 
-void Sequence::commit(const ops::RowStats* stats, StepStats counters, StepEvent& event) {
-  std::vector<Proposal> proposals;
-  for (size_t i = 0; i < eligible_.size(); ++i)
-    proposals.push_back(propose(config_, spec_, eligible_[i], at_.step, stats[i]));
+std::vector<Proposal> Sequence::propose_all(std::span<const int32_t> positions, const ops::RowStats* stats) const {
+  std::vector<Proposal> out;
+  for (size_t i = 0; i < positions.size(); ++i) {
+    const int32_t p = positions[i];
+    const ScoreContext context{density_.empty() ? 1.0 : density_[size_t(p)], p - block_positions_.front()};
+    out.push_back(propose(config_, spec_, p, at_.step, stats[i], context));
+    if (history_) out.back().stable = history_->stable(p, *config_.kl_threshold);
+  }
+  return out;
+}
 
-  const int64_t rows = int64_t(plan_.rows.size());
-  event = {index_, int64_t(at_.step), block_, {}, {}, rows, rows == canvas_.length()};
+void Sequence::commit(const ops::RowStats* reads, const ops::RowStats* blanks, std::span<const float> importance,
+                      StepStats counters, StepEvent& event) {
+  const std::vector<Proposal> computed = propose_all(reads_, reads), uncomputed = propose_all(blanks_, blanks);
+  std::vector<Proposal> proposals;
+  std::merge(computed.begin(), computed.end(), uncomputed.begin(), uncomputed.end(), std::back_inserter(proposals),
+             [](const Proposal& a, const Proposal& b) { return a.position < b.position; });
+  std::erase_if(proposals, [&](const Proposal& p) {
+    return !std::binary_search(eligible_.begin(), eligible_.end(), p.position);
+  });
+
+  const StepPlan& plan = streams_[0].plan;
+  event = {index_, int64_t(at_.step), block_, {}, {}, int64_t(plan.rows.size()), plan.is_full};
   for (int32_t i : select_transfers(config_, at_, proposals)) {
     const Proposal& p = proposals[size_t(i)];
     canvas_.tokens[size_t(p.position)] = p.token;
@@ -108,9 +189,17 @@ void Sequence::commit(const ops::RowStats* stats, StepStats counters, StepEvent&
     event.positions.push_back(p.position);
     event.token_ids.push_back(p.token);
   }
+  if (policy_->wants_all_scores()) {
+    const Stopwatch watch(selection_seconds_);
+    std::vector<StepOutcome::Score> scores;
+    for (const Proposal& p : computed)
+      scores.push_back({p.position, config_.reference_quirks ? p.confidence : certainty(config_, p.confidence)});
+    policy_->observe(view(), {scores, eligible_, event.positions, importance});
+  }
+  counters.selection_seconds += selection_seconds_;
   counters.commits = int64_t(event.positions.size());
   result_.steps.push_back(counters);
-  result_.nfe += streams();
+  result_.nfe += evaluated_;
   ++at_.step;
   ++at_.step_in_block;
 }

@@ -4,9 +4,12 @@
 
 #include <chrono>
 #include <memory>
+#include <optional>
 
+#include "cache/feature_cache.h"
 #include "cache/kv_cache.h"
 #include "cache/policy.h"
+#include "decode/kl_history.h"
 #include "decode/transfer.h"
 #include "engine/canvas.h"
 #include "engine/events.h"
@@ -22,42 +25,68 @@ class Sequence {
 
   // Moves on to the next block with something to decide; false when the sequence is finished.
   bool advance();
-
-  // Plans the step and appends its rows (with guidance: twice, the second time without the prompt).
-  void append_rows(StepInput& in);
-
-  // Noise keys of the logit rows, in the order of append_rows.
-  void append_keys(std::vector<NoiseKey>& keys) const;
-  int64_t logit_rows() const { return int64_t(eligible_.size()); }
-  int64_t streams() const { return int64_t(kv_.size()); }  // model evaluations per step: 2 with guidance
+  int64_t index() const { return index_; }
+  int64_t block() const { return block_; }
   int64_t step() const { return at_.step; }
 
-  // Commits by the statistics of logit_rows() rows and fills `event`. The caller has checked that the statistics are
-  // finite.
-  void commit(const ops::RowStats* stats, StepStats counters, StepEvent& event);
+  // Plans the step: rows of every stream (with guidance two, the second without the prompt), and which logits it reads.
+  void plan_step();
+  StepPlan& plan() { return streams_[0].plan; }
+  BatchedRows* batched_rows() { return policy_->batched_rows(); }
+  // Appends the planned rows, and to out_rows those of reads(), once per evaluated stream.
+  void append_rows(StepInput& in);
+
+  // Positions whose logits the step reads; `blanks` are read without having been computed (reference_quirks).
+  std::span<const int32_t> reads() const { return reads_; }
+  std::span<const int32_t> blanks() const { return blanks_; }
+  int64_t evaluated_streams() const { return evaluated_; }
+  NoiseKey key(int32_t position) const { return {config_.seed, at_.step, uint32_t(position)}; }
+
+  // Guidance of one read row (decode/filters.h), from this step's second stream or from the kept difference.
+  void guide(int32_t position, float* cond, const float* uncond);
+  // KLASS: the row's distribution, after guidance and filters. Different positions may be noted at the same time.
+  void note_distribution(int32_t position, const float* logits, double log_sum_exp);
+
+  // Commits by the statistics of reads() and blanks() and fills `event`. The caller has checked that they are finite.
+  void commit(const ops::RowStats* reads, const ops::RowStats* blanks, std::span<const float> importance,
+              StepStats counters, StepEvent& event);
 
   Result take_result();
 
  private:
+  struct Stream {  // one evaluation of the model, with its own cached values
+    KvCache kv;
+    FeatureCache features;
+    StepPlan plan;
+  };
+
   void begin_block();
   void find_eligible();
   void note_stop(int32_t position, int32_t token);
+  SequenceView view() const;
+  bool is_computed(int32_t position) const;
+  std::vector<Proposal> propose_all(std::span<const int32_t> positions, const ops::RowStats* stats) const;
 
   int64_t index_;
   const GenerationConfig& config_;
   const ModelSpec& spec_;
   Canvas canvas_;
-  std::vector<KvCache> kv_;  // one, or two with guidance
+  std::vector<Stream> streams_;  // one, or two with guidance
+  int64_t evaluated_ = 1;  // of them, in this step
   std::unique_ptr<CachePolicy> policy_;
+  std::optional<KlHistory> history_;  // KLASS
+  std::vector<std::vector<float>> guidance_;  // per position: the kept difference [vocab]; empty unless it is reused
 
   int64_t block_ = -1;
   std::vector<int32_t> block_positions_;  // ascending
   int32_t block_begin_ = 0;  // first generated position
   StepPosition at_{};
-  StepPlan plan_;
+  std::vector<double> density_;  // per position, where a certainty prior is in force
   std::vector<int32_t> eligible_;  // masked positions that this step may commit, ascending
+  std::vector<int32_t> reads_, blanks_;  // ascending
   int32_t first_stop_;  // lowest generated position with a committed stop id, or the canvas length
 
+  double selection_seconds_ = 0;  // of this step, outside the model
   std::vector<int64_t> commit_step_;  // per position
   Result result_;
   std::chrono::steady_clock::time_point started_;

@@ -12,24 +12,19 @@
 #include <span>
 #include <vector>
 
+#include "model/step_input.h"
 #include "model/weights.h"
 #include "ops/attention.h"
 #include "ops/row_stats.h"
 
 namespace dllm {
 
-// Rows of several sequences, packed one after the other without padding.
-struct StepInput {
-  struct Sequence {
-    int64_t row_begin, row_end;
-    int64_t n_keys;  // slots that hold a position of this sequence
-    std::span<const ops::KvSlab> slabs;  // one per layer
-  };
-  std::vector<int32_t> tokens, positions;  // [rows]
-  std::vector<Sequence> sequences;
-  std::vector<int64_t> out_rows;  // rows whose final hidden state is wanted, ascending
-
-  void clear();
+// What a forward did for one sequence.
+struct StepWork {
+  int64_t layer_rows = 0;  // rows whose q, k, v were computed, summed over layers
+  int64_t verify_rows = 0;  // rows of which only v was, summed over layers
+  int64_t attention_pairs = 0;  // query rows x keys, summed over layers; the last one has out_rows queries only
+  double selection_seconds = 0;  // in rollout, or in similarities and their order
 };
 
 class Transformer {
@@ -45,10 +40,9 @@ class Transformer {
   // [out_rows, vocab] fp32, row stride ld. The caller may change them; valid until the next call.
   float* logits(int64_t& ld);
 
-  // Counters: query rows x keys summed over layers (the last layer has out_rows queries only); packed weights read.
-  int64_t attention_pairs(int64_t rows, int64_t out_rows, int64_t keys) const {
-    return ((spec_.n_layers - 1) * rows + out_rows) * keys;
-  }
+  // Of the last forward: attention rollout of sequence s [n_keys], where it was asked for; work of every sequence.
+  std::span<const float> importance(size_t s) const { return importance_[s]; }
+  const StepWork& work(size_t s) const { return work_[s]; }
   int64_t weight_bytes() const { return int64_t(weights_.layer_bytes() + weights_.head_bytes()); }
 
  private:
@@ -58,9 +52,19 @@ class Transformer {
   };
   Rows scratch(Buffer& b, int64_t rows, int64_t cols, DType t, const char* what);
   void ensure_rope(int64_t positions);
-  void qkv(const LayerWeights& w, int layer, const StepInput& in);
-  void keep_out_rows(const StepInput& in);
-  void attention_and_mlp(const LayerWeights& w, int layer, const StepInput& in);
+  void prepare(const StepInput& in);
+  void prepare_captures(const StepInput& in);
+  void choose_rows(const StepInput& in, int layer);
+  std::vector<int32_t> least_similar(const StepInput& in, size_t s, int layer);
+  void qkv(const StepInput& in, int layer);
+  void keep_last_rows(const StepInput& in, const Rows& m, size_t row_bytes);
+  void attention(const StepInput& in, int layer);
+  void mlp(const StepInput& in, int layer);
+  void add_to_stream(const StepInput& in, int layer, const ops::PackedLinear& w, const void* rows, int64_t ld,
+                     int64_t begin, int64_t n, ops::FeatureSlab LayerFeatures::*slab);
+  void add_kept_features(const StepInput& in, int layer);
+  void find_importance(const StepInput& in);
+  static int64_t capture_stride(int64_t keys);
   void require_finite(int layer) const;
 
   const ModelSpec& spec_;
@@ -68,12 +72,19 @@ class Transformer {
   int64_t rope_positions_ = 0;
   std::vector<float> cos_, sin_;  // [positions, head_dim / 2]
 
-  // Scratch, reused from step to step. rows_ counts the rows that are live in x_ and q_.
-  int64_t rows_ = 0;
-  std::vector<ops::AttentionSequence> sequences_;
-  std::vector<int32_t> row_to_slab_;
+  // Scratch, reused from step to step. x_ has a row for every row of the step; the others have one for each of live_, the
+  // rows (of x_) that the layer at hand computes.
+  int64_t rows_ = 0, out_rows_ = 0;
+  bool keeps_features_ = false, wants_importance_ = false;  // of the step's sequences: all or none
+  std::vector<int32_t> live_, live_positions_, live_slab_;
+  std::vector<std::vector<int32_t>> resting_;  // per sequence, rows (of x_) that get kept features instead
+  std::vector<ops::AttentionSequence> sequences_;  // row ranges are in live_
   std::vector<ops::KvSlab> layer_slabs_;
+  std::vector<float*> captures_;  // per sequence [n_layers][rows, ld]: head means of attention
+  std::vector<std::vector<float>> importance_;
+  std::vector<StepWork> work_;
   Buffer x_buffer_, h_buffer_, q_buffer_, attn_buffer_, qkv_buffer_, mlp_buffer_, logits_buffer_, stats_buffer_;
+  Buffer feature_buffer_, value_buffer_, capture_buffer_;
   Rows x_{}, h_{}, q_{}, attn_{};
 };
 

@@ -2,6 +2,10 @@
 //   out[r, h, :] = softmax(scale * q[r, h, :] K[:, h / group, :]^T) V[:, h / group, :]
 // Query rows are scattered positions; sequences of a batch are ragged and packed one after the other, without padding.
 // Keys are visited in fixed chunks with an online softmax in fp32, so a row's result does not depend on the rows beside it.
+//
+// A sequence may ask for the mean over heads of its rows' probabilities as well:
+//   mean[r, j] = 1 / n_heads * sum over h = 0, 1, ... of softmax(scale * q[r, h, :] K^T)[j]
+// It comes from the exponentials that the output is made of: no second Q K^T, and `out` has the same bits either way.
 #pragma once
 
 #include <cstdint>
@@ -15,6 +19,8 @@ struct AttentionSequence {
   int64_t row_begin, row_end;  // packed rows of this sequence
   int64_t n_keys;  // positions [0, n_keys) are attended
   KvSlab slab;
+  float* mean = nullptr;  // [row_end - row_begin, >= n_keys]: columns [0, n_keys) are written; or null
+  int64_t ld_mean = 0;
 };
 
 struct AttentionArgs {

@@ -19,7 +19,8 @@ struct EmbeddingArgs {
 };
 void embedding(const EmbeddingArgs& args);
 
-// out[r, :] = x[r, :] * rsqrt(mean(x[r, :]^2) + eps) * weight     in fp32, rounded once to out_dtype.
+// out[r, :] = x[r, :] * rsqrt(mean(x[r, :]^2) + eps) * weight     in fp32, rounded once to out_dtype
+// With rows_in, out[r, :] comes from x[rows_in[r], :].
 struct RmsNormArgs {
   const float* x;
   int64_t rows, d, ldx;
@@ -28,6 +29,7 @@ struct RmsNormArgs {
   void* out;
   int64_t ldo;
   DType out_dtype;
+  const int32_t* rows_in = nullptr;  // [rows] or null
 };
 void rms_norm(const RmsNormArgs& args);
 

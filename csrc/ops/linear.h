@@ -55,6 +55,10 @@ struct LinearArgs {
   int64_t ldo;
   DType out_dtype;
   Epilogue epilogue;
+  // Row r of the result goes to row out_rows[r] of `out`, each of them once; null: to row r.
+  const int32_t* out_rows = nullptr;
+  // Only these panels of w; column 0 of `out` is then the first column of panel_begin. -1: to the end.
+  int64_t panel_begin = 0, panel_end = -1;
 };
 
 void linear(const LinearArgs& args);

@@ -15,7 +15,7 @@ namespace {
 
 std::vector<Proposal> proposals_of(const std::vector<double>& confidence) {
   std::vector<Proposal> p;
-  for (size_t i = 0; i < confidence.size(); ++i) p.push_back({int32_t(10 + i), int32_t(i), confidence[i]});
+  for (size_t i = 0; i < confidence.size(); ++i) p.push_back({int32_t(10 + i), int32_t(i), confidence[i], confidence[i]});
   return p;
 }
 
@@ -26,8 +26,14 @@ std::string join(const std::vector<int32_t>& v) {
 }
 
 std::string rows_of(CacheKind kind, int step, int shift, std::vector<int32_t> block, int32_t suffix) {
+  GenerationConfig config;
+  config.cache = kind;
+  ModelSpec spec;
+  spec.logit_shift = shift;
+  const Bitmap positions(12);
   StepPlan plan;
-  make_cache_policy(kind)->plan(12, {block, suffix, step}, shift, plan);
+  make_cache_policy(config, spec)
+      ->plan({suffix, 4, positions, positions, 12, {block, suffix, step}, step}, 0, plan);
   return join(plan.rows);
 }
 

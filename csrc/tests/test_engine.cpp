@@ -2,6 +2,8 @@
 
 #include "engine/engine.h"
 
+#include <algorithm>
+
 #include "runtime/error.h"
 #include "runtime/isa.h"
 #include "tests/check.h"
@@ -30,7 +32,7 @@ GenerationConfig short_config() {
 }
 
 std::vector<GenerationConfig> decoders() {
-  std::vector<GenerationConfig> all(8, short_config());
+  std::vector<GenerationConfig> all(11, short_config());
   all[1].threshold.reset(), all[1].factor = 0.8;
   all[2].threshold.reset(), all[2].steps = 12;
   all[3].threshold.reset(), all[3].num_transfer_tokens = 2, all[3].remasking = Remasking::Entropy;
@@ -40,6 +42,9 @@ std::vector<GenerationConfig> decoders() {
   all[6].cfg_scale = 1.5, all[6].logits_eos_inf = true;
   all[7].threshold.reset(), all[7].num_transfer_tokens = 1, all[7].remasking = Remasking::Random;
   all[7].temperature = 1.0;
+  all[8].threshold.reset(), all[8].gamma = 0.5, all[8].sigma = 3, all[8].remasking = Remasking::Entropy;
+  all[9].kl_threshold = 0.5, all[9].cfg_scale = 0.5, all[9].token_frequencies.assign(70, 1.0 / 70);
+  all[10].threshold.reset(), all[10].num_transfer_tokens = 2, all[10].position_decay = 0.3;
   return all;
 }
 
@@ -51,9 +56,13 @@ TEST(every_policy_decoder_family_and_precision_runs) {
     test::write_tiny_model(f, family);
     for (DType t : {DType::F32, DType::BF16}) {
       Engine engine(f.path(), t);
-      for (CacheKind cache : {CacheKind::None, CacheKind::Prefix, CacheKind::Dual})
+      for (CacheKind cache :
+           {CacheKind::None, CacheKind::Prefix, CacheKind::Dual, CacheKind::DLLM, CacheKind::D2})
         for (GenerationConfig c : decoders()) {
+          if (cache == CacheKind::D2 && c.remasking == Remasking::Origin) continue;
           c.cache = cache;
+          c.dllm.kp = cache == CacheKind::DLLM ? 6 : 50;
+          c.d2.current_k = cache == CacheKind::D2 ? 5 : 32;
           GenerateOptions o;
           o.infill = true;  // the prompt holds a mask token at position 2
           const Result r = engine.generate({kPrompt}, c, o)[0];
@@ -96,6 +105,40 @@ TEST(a_batch_changes_no_result) {
     for (size_t i = 0; i < prompts.size(); ++i)
       CHECK_EQ(join(together[i].token_ids), join(engine.generate({prompts[i]}, c)[0].token_ids));
   }
+}
+
+TEST(released_behaviour_runs) {
+  for (Family family : {Family::LLaDA, Family::Dream}) {
+    const TempFolder f;
+    test::write_tiny_model(f, family);
+    Engine engine(f.path(), DType::F32);
+    for (CacheKind cache : {CacheKind::None, CacheKind::Prefix, CacheKind::Dual, CacheKind::DLLM, CacheKind::D2})
+      for (GenerationConfig c : decoders()) {
+        if (c.steps || c.cfg_scale > 0 || c.alg_temp || c.position_decay > 0) continue;
+        c.cache = cache;
+        c.reference_quirks = true;
+        const auto results = engine.generate({kPrompt, {5, 9, 2, 33, 61, 12, 7}}, c);
+        for (const Result& r : results) CHECK_EQ(std::count(r.commit_steps.begin(), r.commit_steps.end(), -1), 0);
+      }
+    GenerationConfig c = short_config();
+    c.cache = CacheKind::D2;
+    c.reference_quirks = true;
+    CHECK_THROWS(ConfigError, "equal lengths", engine.generate({kPrompt, {5}}, c));
+    GenerateOptions o;
+    o.infill = true;
+    CHECK_THROWS(ConfigError, "infill", engine.generate({kPrompt}, c, o));
+  }
+}
+
+TEST(guidance_difference_is_reused) {
+  const TempFolder f;
+  test::write_tiny_model(f, Family::Dream);
+  Engine engine(f.path(), DType::F32);
+  GenerationConfig c = short_config();
+  c.threshold.reset(), c.num_transfer_tokens = 1, c.cfg_scale = 1, c.cache = CacheKind::DLLM;
+  c.dllm.cfg_interval_steps = 4;
+  const Result r = engine.generate({kPrompt}, c)[0];
+  CHECK_EQ(r.nfe, 21 + 5 + 4);  // steps 0 to 4, then 8, 12, 16, 20
 }
 
 TEST(the_engine_survives_being_stopped) {

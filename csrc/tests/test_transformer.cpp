@@ -45,7 +45,7 @@ void add_sequence(StepInput& in, const std::vector<int32_t>& positions, int32_t 
   for (int32_t p : positions) {
     in.tokens.push_back((p * 7 + salt) % 70);
     in.positions.push_back(p);
-    in.out_rows.push_back(int64_t(in.tokens.size()) - 1);
+    in.out_rows.push_back(int32_t(in.tokens.size()) - 1);
   }
   in.sequences.push_back({begin, int64_t(in.tokens.size()), kLength, kv.slabs()});
 }

@@ -57,12 +57,20 @@ void parse(const std::string& name, const std::string& text, DType& field) {
   field = text == "float32" ? DType::F32 : DType::BF16;
 }
 
-void parse(const std::string& name, const std::string& text, std::vector<int32_t>& ids) {
+// Integers with commas between them, or nothing.
+template <class T>
+void parse(const std::string& name, const std::string& text, std::vector<T>& list) {
+  list.clear();
   for (size_t begin = 0; begin < text.size();) {
     const size_t end = std::min(text.find(',', begin), text.size());
-    parse(name, text.substr(begin, end - begin), ids.emplace_back());
+    parse(name, text.substr(begin, end - begin), list.emplace_back());
     begin = end + 1;
   }
+}
+
+// One number per token of a vocabulary: too long for a command line.
+void parse(const std::string& name, const std::string&, std::vector<double>&) {
+  fail<ConfigError>(name, " can be given only from Python or C++");
 }
 
 // Every option: the tool's own, then every generation setting with its Python name and dashes.

@@ -1,22 +1,46 @@
 """The denoising loop of masked-diffusion models, one sequence at a time, written as formulas.
 
-Covers the caches none, prefix and dual (Fast-dLLM, arXiv 2505.22618), the schedules of LLaDA (arXiv 2502.09992) and
-Dream (arXiv 2508.15487), and the parallel decoders threshold and factor (Fast-dLLM).
+Covers the caches none, prefix and dual (Fast-dLLM, arXiv 2505.22618), dllm (dLLM-Cache, arXiv 2506.06295) and d2
+(d2Cache, arXiv 2509.23094), the schedules of LLaDA (arXiv 2502.09992) and Dream (arXiv 2508.15487), and the rules of
+decoders.py.
 
 Notation: P prompt length, G generated length, S block length, T = P + G, V vocabulary. All positions are absolute.
 """
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
-from . import philox
+from . import dllm
+from .d2 import D2Planner, top_up
+from .decoders import Decisions, Stability, choose, dream_share, llada_schedule, number_for_factor
+from .density import density, scores
+from .proposals import Proposal, keep_tokens, propose
+
+__all__ = [
+    "Decisions",
+    "Options",
+    "Proposal",
+    "Run",
+    "Step",
+    "choose",
+    "dream_share",
+    "generate",
+    "generate_batch",
+    "keep_tokens",
+    "llada_schedule",
+    "number_for_factor",
+    "propose",
+]
+
+CACHES = ("none", "prefix", "dual", "dllm", "d2")
 
 
 @dataclass(frozen=True)
 class Options:
-    """The fields of a generation, under the names of the package's own configuration."""
+    """The fields of a generation, under the names of the package's own configuration; those of its caches follow."""
 
     gen_length: int = 128
     block_length: int = 32
@@ -24,6 +48,14 @@ class Options:
     threshold: float | None = None
     factor: float | None = None
     num_transfer_tokens: int | None = None
+    gamma: float | None = None  # EB-sampler
+    kl_threshold: float | None = None  # KLASS
+    kl_history_length: int = 2
+    sigma: float | None = None  # certainty prior; 0 is off, None leaves it to the cache
+    token_frequencies: Sequence[float] | None = None  # PC-Sampler: of every id in a corpus
+    clip_alpha: float = 10.0
+    position_decay: float = 0.0
+    autoregressive: bool = False
     temperature: float = 0.0
     top_p: float | None = None
     top_k: int | None = None
@@ -36,22 +68,43 @@ class Options:
     confidence_eos_eot_inf: bool = False
     stop_at_eos: bool = True
     seed: int = 0
-    cache: str = "prefix"  # | "none" | "dual"
+    cache: str = "prefix"  # | "none" | "dual" | "dllm" | "d2"
     infill: bool = False
+    reference_quirks: bool = False  # the released d2Cache harness, commit 72feb60
+
+    kp: int = 50  # dllm: the prompt is refreshed every kp steps,
+    kr: int = 2  # the response every kr steps,
+    rou: float = 0.25  # and this share of it in between
+    always_refresh_layers: Sequence[int] = (0,)
+    cfg_interval_steps: int = 1
+
+    rollout_p: float = 0.1  # d2: share of the attention rollout that is recomputed
+    current_k: int = 32  # number of masked positions that are
+    d2_sigma: float = 10.0  # of the density that chooses them
+    inflate_w: int = 4
 
     @property
     def tau(self):
         """The threshold in force: 0.9 unless something else decides how many tokens are committed."""
         if self.threshold is not None:
             return self.threshold
-        return 0.9 if self.steps is None and self.factor is None and self.num_transfer_tokens is None else None
+        others = (self.steps, self.factor, self.num_transfer_tokens, self.gamma)
+        return 0.9 if all(x is None for x in others) else None
+
+    @property
+    def prior_sigma(self):
+        """The sigma of the decoding order in force, 0 for none."""
+        if self.sigma is not None:
+            return self.sigma
+        given = self.threshold, self.factor, self.gamma
+        return self.d2_sigma if self.cache == "d2" and not self.autoregressive and given == (None,) * 3 else 0.0
 
 
 @dataclass
 class Step:
     """One denoising step of one sequence."""
 
-    rows: list[int]  # positions that the model computed
+    rows: list[int]  # positions that the model computed; dllm: that at least one layer refreshed
     logit_rows: list[int]  # rows whose logits were read
     committed: list[tuple[int, int]]  # (position, token id), by position
 
@@ -71,28 +124,6 @@ class Run:
         return min(self.margins.values(), default=math.inf)
 
 
-@dataclass
-class Proposal:
-    """What the logits say about the eligible positions; lists have one entry per position."""
-
-    tokens: list[int]
-    confidence: list[float]
-    token_gap: list[float]  # score of the proposed token minus that of the second
-    exact: list[bool]  # the confidence is free of rounding: 0 by decree, or one token survived the filter
-    filter_gap: float = math.inf  # distance of top_p and top_k from keeping other tokens
-
-
-@dataclass
-class Decisions:
-    """Smallest gaps seen so far."""
-
-    smallest: dict[str, float] = field(default_factory=dict)
-
-    def note(self, kind, gap):
-        if not math.isinf(gap):
-            self.smallest[kind] = min(gap, self.smallest.get(kind, math.inf))
-
-
 def block_positions(prompt_length, gen_length, block_length, infills):
     """Positions of each block: [P + b S, min(P + (b + 1) S, T)), block 0 after the masked prompt positions."""
     end = prompt_length + gen_length
@@ -102,230 +133,228 @@ def block_positions(prompt_length, gen_length, block_length, infills):
     return blocks
 
 
-def rows_of_step(cache, shift, block, start, length, first):
+def rows_of_step(cache, shift, block, start, length, first, released=False):
     """Positions whose rows are computed: `block` = positions of the block, `start` = its first generated position.
 
     Row i - shift holds the logits of position i, so for Dream (shift 1) every set is closed under that.
+    released: the d2Cache harness shifts the whole set, so that the last row drops out.
     """
     if cache == "none" or first:
         return list(range(length))
     if cache == "prefix":  # the block and everything right of it
-        rows = set(block) | set(range(start - shift, length)) | {i - shift for i in block}
-    elif cache == "dual":  # the rows that the block's logits are read from
+        end = length - shift if released else length
+        rows = set(block) | set(range(start - shift, end)) | {i - shift for i in block}
+        rows -= set(range(end, length))
+    else:  # dual: the rows that the block's logits are read from
         rows = {i - shift for i in block}
-    else:
-        raise ValueError(f"unknown cache {cache!r}")
     return sorted(rows)
 
 
-def keep_tokens(z, top_p, top_k, mask_id=None):
-    """Filter one row: z fp64 [V] -> (z with dropped tokens at -inf, smallest distance from keeping other tokens).
+def check(o, shape, prompt_length, infills, blocks):
+    """Refuse what has no meaning here."""
+    if o.cache not in CACHES:
+        raise ValueError(f"unknown cache {o.cache!r}")
+    if shape.shift and (prompt_length == 0 or 0 in infills):
+        raise ValueError("this family reads position i from row i - 1: position 0 cannot be generated")
+    if o.steps is not None and (o.steps < blocks or o.steps % blocks):
+        raise ValueError("steps must be a multiple of the number of blocks")
+    if o.autoregressive and (o.factor is not None or o.gamma is not None or o.kl_threshold is not None):
+        raise ValueError("left to right goes with threshold, steps or num_transfer_tokens")
+    if o.kl_threshold is not None and o.tau is None and o.factor is None:
+        raise ValueError("KLASS goes with threshold or factor")
+    if o.reference_quirks and o.cache == "d2" and infills:
+        raise ValueError("the released code fills no prompts")
 
-    top_p: sorted by descending logit (ties: lowest id first), drop every token whose preceding tokens already hold
-    more than p; the token that crosses p is kept. top_k, after that: keep logits >= the k-th largest. The best token
-    other than mask_id stays in any case: otherwise a row that favours the mask would have nothing to propose.
-    """
-    gap = math.inf
-    unfiltered = z
-    if top_p is not None:
-        order = z.sort(descending=True, stable=True).indices
-        preceding = z.softmax(-1)[order].cumsum(-1).roll(1)
-        preceding[0] = 0.0
-        dropped = preceding > top_p
-        if dropped.any():
-            cut = int(dropped.nonzero()[0])
-            gap = min(gap, float(preceding[cut] - top_p), abs(float(top_p - preceding[cut - 1])))
-            z = z.index_fill(0, order[cut:], -math.inf)
-    if top_k is not None and top_k < len(z):
-        ranked = z.sort(descending=True).values
-        z = z.masked_fill(z < ranked[top_k - 1], -math.inf)
-        if ranked[top_k] > -math.inf:
-            gap = min(gap, float(ranked[top_k - 1] - ranked[top_k]))
-    if mask_id is not None:
-        best = (
-            unfiltered.index_fill(0, torch.tensor([mask_id]), -math.inf).sort(descending=True, stable=True).indices[0]
+
+class Generation:
+    """One sequence on its way."""
+
+    def __init__(self, model, prompt, o):
+        self.model, self.shape, self.o = model, model.shape, o
+        self.prompt_length, self.total = len(prompt), len(prompt) + o.gen_length
+        self.tokens = torch.tensor(list(prompt) + [self.shape.mask_id] * o.gen_length, dtype=torch.int64)
+        infills = [i for i in range(self.prompt_length) if o.infill and prompt[i] == self.shape.mask_id]
+        self.editable = infills + list(range(self.prompt_length, self.total))
+        self.masked = set(self.editable)
+        self.given = [i for i in range(self.prompt_length) if i not in self.masked]
+        self.blocks = block_positions(self.prompt_length, o.gen_length, o.block_length, infills)
+        check(o, self.shape, self.prompt_length, infills, len(self.blocks))
+        self.steps_of_block = None if o.steps is None else o.steps // len(self.blocks)
+
+        self.decisions = Decisions()
+        self.trace = []
+        self.nfe = 0
+        self.idle = 0  # steps in a row that committed nothing
+        # What the pass with the prompt and the pass without it remember.
+        new = dllm.Features.of if o.cache == "dllm" else type(model).new_cache
+        self.conditional, self.unconditional = new(model, self.total), new(model, self.total)
+        self.guidance = {}  # position -> cond - un, fp64 [V], when last computed
+        self.stability = Stability(o) if o.kl_threshold is not None else None
+        self.planner = D2Planner(self.shape.shift, self.blocks, self.total, o, self.decisions)
+        self.enter(0)
+
+    def enter(self, b):
+        """Begin block b."""
+        self.b, self.block, self.t = b, self.blocks[b], 0
+        self.masked_at_start = sum(i in self.masked for i in self.block)
+
+    def limit(self):
+        """Position of the first committed stop id of the generated region; T if there is none or none stops."""
+        stops = self.shape.stop_ids[:1] if self.o.reference_quirks else self.shape.stop_ids
+        for i in range(self.prompt_length, self.total):
+            if self.o.stop_at_eos and i not in self.masked and int(self.tokens[i]) in stops:
+                return i
+        return self.total
+
+    def eligible(self):
+        return [i for i in self.block if i in self.masked and i < self.limit()]
+
+    def plan(self):
+        """Rows of the next step."""
+        if self.o.cache == "d2":
+            return self.planner.rows(self.block, self.masked, self.limit())
+        if self.o.cache == "dllm":  # chosen layer by layer
+            return list(range(self.total))
+        start = self.prompt_length + self.b * self.o.block_length
+        first = self.t == 0
+        released = self.o.reference_quirks
+        return rows_of_step(self.o.cache, self.shape.shift, self.block, start, self.total, first, released)
+
+    def evaluate(self, memory, tokens, rows, positions, attention=None):
+        """Compute the rows; returns (logits fp64 [n, V] of the positions, rows for the trace)."""
+        if self.o.cache == "dllm":
+            hidden, computed = dllm.forward(self.model, tokens, memory, self.editable, self.o, self.decisions)
+        else:
+            at, computed = torch.tensor(rows), rows
+            hidden = self.model.forward(tokens[at], at, memory, attention)
+        read = torch.tensor([rows.index(i - self.shape.shift) for i in positions], dtype=torch.int64)
+        return self.model.logits(hidden[read]).double(), computed
+
+    def guided(self, conditional, rows, positions, fresh):
+        """un + (w + 1)(cond - un); with the difference of an earlier step, cond + w (cond - un), unless `fresh`."""
+        w = self.o.cfg_scale
+        if not fresh:
+            return conditional + w * torch.stack([self.guidance[i] for i in positions])
+        bare = self.tokens.clone()
+        bare[self.given] = self.shape.mask_id
+        unconditional, _ = self.evaluate(self.unconditional, bare, rows, positions)
+        difference = conditional - unconditional
+        self.guidance = dict(zip(positions, difference, strict=True))
+        return unconditional + (w + 1) * difference
+
+    def step(self, rows):
+        """One step of the current block."""
+        o, step, eligible = self.o, len(self.trace), self.eligible()
+        guided = o.cfg_scale > 0
+        interval = o.cfg_interval_steps if o.cache == "dllm" else 1
+        fresh = step < 5 or step % interval == 0
+        stale_certainties = o.reference_quirks and step > 0
+        whole = self.stability is not None or (o.cache == "d2" and not stale_certainties)
+        whole = whole or (guided and interval > 1 and fresh)
+        wanted = sorted(self.masked) if whole else eligible
+        at_hand = {i + self.shape.shift for i in rows}
+        read = [i for i in wanted if i in at_hand]
+        blank = [i for i in wanted if i not in at_hand] if o.reference_quirks else []
+
+        attention = []
+        logits, computed = self.evaluate(self.conditional, self.tokens, rows, read, attention)
+        self.nfe += 1
+        if guided:
+            logits = self.guided(logits, rows, read, fresh)
+            self.nfe += fresh
+        positions = sorted(read + blank)
+        zero = torch.zeros(self.model.vocab_size, dtype=torch.float64)
+        logits = torch.stack([zero if i in blank else logits[read.index(i)] for i in positions])
+        proposal = propose(logits, positions, step, self.shape, o, blank)
+
+        offered = [n for n, i in enumerate(positions) if i in eligible]
+        at = [positions[n] for n in offered]
+        chosen = self.choose(proposal, positions, offered, eligible)
+
+        self.decisions.note("filter", proposal.filter_gap)
+        # Confidences do not jump with the token at temperature 0; otherwise every proposal decides something.
+        jumps = o.temperature > 0 or o.confidence_eos_eot_inf or o.token_frequencies is not None
+        for n in range(len(positions)) if jumps else [offered[i] for i in chosen]:
+            self.decisions.note("token", proposal.token_gap[n])
+
+        committed = [(at[i], proposal.tokens[offered[i]]) for i in chosen]
+        for i, token in committed:
+            self.tokens[i] = token
+            self.masked.remove(i)
+        self.trace.append(Step(computed, [i - self.shape.shift for i in read], committed))
+        self.t += 1
+        if o.cache == "d2":
+            self.planner.observe(positions, proposal, rows, attention, eligible, [i for i, _ in committed])
+        self.idle = 0 if committed else self.idle + 1
+        if self.idle > self.total + (o.steps or 0):
+            raise RuntimeError("no progress: the positions that may be committed are never computed")
+
+    def choose(self, proposal, positions, offered, eligible):
+        """Indices into `offered` (indices into `positions`: the eligible ones) of what the step commits."""
+        o = self.o
+        at = [positions[n] for n in offered]
+        stable = None
+        if self.stability is not None:
+            for i, p in zip(positions, proposal.p, strict=True):
+                self.stability.follow(i, p)
+            stable = [self.stability.stable(i, self.decisions) for i in at]
+        d = {}
+        if o.prior_sigma > 0:
+            region = range(self.editable[0], self.total)
+            d = dict(zip(region, density([i not in self.masked for i in region], o.prior_sigma).tolist(), strict=True))
+        part = proposal.take(offered)
+        return choose(
+            part,
+            at,
+            len(self.trace),
+            self.t,
+            self.masked_at_start,
+            self.steps_of_block,
+            o,
+            self.decisions,
+            score=scores(part, at, d, self.block[0], o),
+            stable=stable,
+            eligible=eligible,
         )
-        z = z.index_copy(0, best[None], unfiltered[best][None])
-    return z, gap
 
-
-def propose(logits, positions, step, shape, o):
-    """Token and confidence for each position from its logits: [n, V] fp64, positions list[int] of length n."""
-    vocab = logits.shape[1]
-    others = [i for i in range(vocab) if i != shape.mask_id]  # the mask id is never proposed, but has probability
-    tempered = o.schedule == "dream" and o.temperature > 0
-    noise = philox.token_gumbel(o.seed, step, positions, vocab) if o.temperature > 0 else None
-    u = philox.selection_uniform(o.seed, step, positions)
-    out = Proposal([], [], [], [])
-    for n, z in enumerate(logits):
-        if o.logits_eos_inf:
-            z = z.index_fill(0, torch.tensor([shape.eos_id]), -math.inf)
-        if tempered:
-            z = z / o.temperature
-        z, filter_gap = keep_tokens(z, o.top_p, o.top_k, shape.mask_id)
-        out.filter_gap = min(out.filter_gap, filter_gap)
-        p = z.softmax(-1)
-
-        score = z
-        if noise is not None:
-            score = z + (1.0 if tempered else o.temperature) * torch.from_numpy(noise[n])
-        ranked = score[others].sort(descending=True, stable=True)
-        x0 = others[int(ranked.indices[0])]
-        out.tokens.append(x0)
-        out.token_gap.append(float(ranked.values[0] - ranked.values[1]))
-
-        if o.remasking == "low_confidence":
-            c = float(p[x0])
-        elif o.remasking == "topk_margin":
-            best = p[others].sort(descending=True).values
-            c = float(best[0] - best[1])
-        elif o.remasking == "entropy":
-            c = float(torch.special.xlogy(p, p).sum())
-        else:  # random, origin
-            c = float(u[n])
-        force = o.confidence_eos_eot_inf and o.remasking in ("low_confidence", "topk_margin")
-        forced = force and x0 in shape.stop_ids
-        out.confidence.append(0.0 if forced else c)
-        out.exact.append(forced or (o.remasking not in ("random", "origin") and int((p > 0).sum()) == 1))
-    return out
-
-
-def llada_schedule(masked, steps):
-    """How many of `masked` positions to commit at each of `steps` steps: m // n, one more in the first m % n steps."""
-    return [masked // steps + (1 if t < masked % steps else 0) for t in range(steps)]
-
-
-def dream_share(eps, steps, t):
-    """1 - s/t' of Dream's step t, fp32; 1 in the last step. t', s: entries t, t + 1 of linspace(1, eps, steps + 1)."""
-    if t >= steps - 1:
-        return torch.tensor(1.0)
-    times = torch.linspace(1, eps, steps + 1, dtype=torch.float32)
-    return 1 - times[t + 1] / times[t]
-
-
-def number_for_factor(confidence, factor):
-    """max n such that every k <= n has k == 1 or (k + 1)(1 - c_k) < factor; confidence sorted descending, c_1 first.
-
-    Returns (n, smallest distance of a deciding (k + 1)(1 - c_k) from factor).
-    """
-    gap = math.inf
-    n = 1
-    for k in range(2, len(confidence) + 1):
-        excess = (k + 1) * (1 - confidence[k - 1]) - factor
-        gap = min(gap, abs(excess))
-        if excess >= 0:
-            break
-        n = k
-    return n, gap
-
-
-def choose(proposal, positions, step, t, masked_at_start, steps_of_block, o, decisions):
-    """Indices into `positions` that are committed in step t of the block. `step` counts from the generation's start."""
-    c = proposal.confidence
-    count = len(c)
-    share = dream_share(o.eps, steps_of_block, t) if o.steps is not None and o.schedule == "dream" else None
-    key = c
-    if o.alg_temp is not None:
-        g = philox.gumbel(philox.selection_uniform(o.seed, step, positions))
-        key = [c[i] / o.alg_temp + float(g[i]) for i in range(count)]
-
-    if o.remasking == "origin":
-        for i in range(count):
-            if share < 1:
-                decisions.note("origin", abs(c[i] - float(share)))
-        return [i for i in range(count) if c[i] < float(share)]
-
-    order = sorted(range(count), key=lambda i: (-key[i], positions[i]))
-    if o.steps is not None and o.schedule == "llada":
-        n = llada_schedule(masked_at_start, steps_of_block)[t] if t < steps_of_block else count
-    elif o.steps is not None:
-        n = int(torch.tensor(count, dtype=torch.float32) * share)
-    elif o.factor is not None:
-        n, gap = number_for_factor([c[i] for i in order], o.factor)
-        decisions.note("factor", gap)
-    elif o.tau is not None:
-        n = max(1, sum(x >= o.tau for x in c))
-        decisions.note("threshold", min(abs(x - o.tau) for x in c))
-    else:
-        n = 0
-    n = min(count, max(n, o.num_transfer_tokens or 0))
-    if 0 < n < count:
-        last, following = order[n - 1], order[n]
-        if not (proposal.exact[last] and proposal.exact[following] and key is c):
-            decisions.note("selection", key[last] - key[following])
-    return sorted(order[:n])
+    def result(self):
+        tokens = self.tokens.clone()
+        tokens[self.limit() + 1 :] = self.shape.eos_id
+        return Run(
+            token_ids=tokens[self.prompt_length :].tolist(),
+            prompt_ids=tokens[: self.prompt_length].tolist(),
+            nfe=self.nfe,
+            steps=self.trace,
+            margins=self.decisions.smallest,
+        )
 
 
 def generate(model, prompt, o):
     """Generate from a prompt (list of ids) with a reference.model.ReferenceModel. Returns a Run."""
-    shape = model.shape
-    prompt_length, total = len(prompt), len(prompt) + o.gen_length
-    tokens = torch.tensor(list(prompt) + [shape.mask_id] * o.gen_length, dtype=torch.int64)
-    infills = [i for i in range(prompt_length) if o.infill and prompt[i] == shape.mask_id]
-    if shape.shift and (prompt_length == 0 or 0 in infills):
-        raise ValueError("this family reads position i from row i - 1: position 0 cannot be generated")
-    masked = set(infills) | set(range(prompt_length, total))
-    hidden_prompt = [i for i in range(prompt_length) if i not in masked]  # what classifier-free guidance leaves out
-    blocks = block_positions(prompt_length, o.gen_length, o.block_length, infills)
-    if o.steps is not None and (o.steps < len(blocks) or o.steps % len(blocks)):
-        raise ValueError("steps must be a multiple of the number of blocks")
-    steps_of_block = None if o.steps is None else o.steps // len(blocks)
-    guided = o.cfg_scale > 0
+    return generate_batch(model, [prompt], o)[0]
 
-    cache = model.new_cache(total)
-    unconditional_cache = model.new_cache(total)
-    decisions = Decisions()
-    trace = []
 
-    def first_stop():
-        """Position of the first committed stop id of the generated region; T if there is none."""
-        for i in range(prompt_length, total):
-            if i not in masked and int(tokens[i]) in shape.stop_ids:
-                return i
-        return total
+def generate_batch(model, prompts, o):
+    """Generate from several prompts. Returns one Run for each.
 
-    def eligible_of(block):
-        limit = first_stop() if o.stop_at_eos else total
-        return [i for i in block if i in masked and i < limit]
-
-    for b, block in enumerate(blocks):
-        masked_at_start = sum(i in masked for i in block)
-        t = 0
-        while eligible := eligible_of(block):
-            start = prompt_length + b * o.block_length
-            rows = rows_of_step(o.cache, shape.shift, block, start, total, first=t == 0)
-            at = torch.tensor(rows)
-            logit_rows = [i - shape.shift for i in eligible]
-            read = torch.tensor([rows.index(i) for i in logit_rows])
-            logits = model.logits(model.forward(tokens[at], at, cache)[read]).double()
-            if guided:
-                bare = tokens.clone()
-                bare[hidden_prompt] = shape.mask_id
-                bare_logits = model.logits(model.forward(bare[at], at, unconditional_cache)[read]).double()
-                logits = bare_logits + (o.cfg_scale + 1) * (logits - bare_logits)
-
-            step = len(trace)
-            proposal = propose(logits, eligible, step, shape, o)
-            chosen = choose(proposal, eligible, step, t, masked_at_start, steps_of_block, o, decisions)
-            decisions.note("filter", proposal.filter_gap)
-            # Confidences do not jump with the token at temperature 0; otherwise every proposal decides something.
-            jumps = o.temperature > 0 or o.confidence_eos_eot_inf
-            for i in range(len(eligible)) if jumps else chosen:
-                decisions.note("token", proposal.token_gap[i])
-
-            for i in chosen:
-                tokens[eligible[i]] = proposal.tokens[i]
-                masked.remove(eligible[i])
-            committed = [(eligible[i], proposal.tokens[i]) for i in chosen]
-            trace.append(Step(rows, logit_rows, committed))
-            t += 1
-
-    if o.stop_at_eos:
-        tokens[first_stop() + 1 :] = shape.eos_id
-    return Run(
-        token_ids=tokens[prompt_length:].tolist(),
-        prompt_ids=tokens[:prompt_length].tolist(),
-        nfe=len(trace) * (2 if guided else 1),
-        steps=trace,
-        margins=decisions.smallest,
-    )
+    Sequences know nothing of each other, but for the released d2Cache: there they go through the blocks together, and
+    each computes as many rows as the one with the most.
+    """
+    together = o.reference_quirks and o.cache == "d2"
+    if together and len({len(prompt) for prompt in prompts}) > 1:
+        raise ValueError("the released code takes prompts of one length")
+    batch = [Generation(model, prompt, o) for prompt in prompts]
+    for b in range(len(batch[0].blocks) if batch else 0):
+        for sequence in batch:
+            sequence.enter(b)
+        while active := [sequence for sequence in batch if sequence.eligible()]:
+            plans = [sequence.plan() for sequence in active]
+            if together and len({len(rows) for rows in plans}) > 1:
+                plans = top_up([sequence.planner for sequence in active], plans)
+            for sequence, rows in zip(active, plans, strict=True):
+                sequence.step(rows)
+            if together:
+                bonus = max(max(x.planner.weighted(x.masked).values()) for x in active)
+                for sequence in active:
+                    sequence.planner.bonus = bonus
+    return [sequence.result() for sequence in batch]

@@ -46,5 +46,7 @@ int64_t panel_grain(int64_t rows, int64_t k, DType dtype) {
   return std::max<int64_t>(1, int64_t(4e-6 / seconds));
 }
 
+int64_t row_grain(int64_t columns) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, columns)); }
+
 }  // namespace cpu
 }  // namespace dllm::ops

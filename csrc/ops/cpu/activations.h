@@ -1,4 +1,4 @@
-// The left-hand side of a GEMM as the current ISA's kernel reads it, and how many threads the work is worth.
+// The left-hand side of a GEMM as the current ISA's kernel reads it, and how many threads work is worth.
 #pragma once
 
 #include <cstdint>
@@ -23,5 +23,7 @@ void gemm_panel(const Activations& a, DType dtype, int64_t row, int64_t rows, in
 
 // Panels per thread below which a fork costs more than it saves.
 int64_t panel_grain(int64_t rows, int64_t k, DType dtype);
+// Likewise rows of a pass over [rows, columns].
+int64_t row_grain(int64_t columns);
 
 }  // namespace dllm::ops::cpu

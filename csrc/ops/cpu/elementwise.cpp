@@ -3,17 +3,14 @@
 #include <algorithm>
 #include <cstring>
 
+#include "ops/cpu/activations.h"
 #include "ops/cpu/kernels.h"
+#include "ops/cpu/kv_write.h"
 #include "ops/linear.h"
 #include "runtime/parallel.h"
 
 namespace dllm::ops {
 namespace {
-
-// Elements a thread should have before another one is worth waking.
-constexpr int64_t kGrain = 16384;
-
-int64_t row_grain(int64_t columns) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, columns)); }
 
 // K of one head and position: 32 positions share a panel, so neighbouring elements are a panel row apart.
 void write_k(const KvSlab& slab, int64_t position, int head, const float* k) {
@@ -29,9 +26,11 @@ void write_k(const KvSlab& slab, int64_t position, int head, const float* k) {
   }
 }
 
+}  // namespace
+
 // V likewise: 32 of its elements share a panel, in which they are neighbours (bf16: interleaved with the pair's other
 // position).
-void write_v(const KvSlab& slab, int64_t position, int head, const float* v) {
+void cpu::write_v(const KvSlab& slab, int64_t position, int head, const float* v) {
   for (int i = 0; i < slab.head_dim; i += kPanel) {
     const int n = std::min(kPanel, slab.head_dim - i);
     const int64_t at = slab.v_offset(position, head, i);
@@ -44,11 +43,9 @@ void write_v(const KvSlab& slab, int64_t position, int head, const float* v) {
   }
 }
 
-}  // namespace
-
 void embedding(const EmbeddingArgs& args) {
   const auto widen = cpu::kernels().widen;
-  parallel_for(args.rows, row_grain(args.d), [&](int64_t begin, int64_t end) {
+  parallel_for(args.rows, cpu::row_grain(args.d), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       const int64_t from = int64_t(args.tokens[r]) * args.d;
       float* out = args.out + r * args.ldo;
@@ -64,10 +61,10 @@ void rms_norm(const RmsNormArgs& args) {
   const auto rms_norm_row = cpu::kernels().rms_norm_row;
   const bool bf16 = args.out_dtype == DType::BF16;
   const int64_t row_bytes = args.ldo * int64_t(size_of(args.out_dtype));
-  parallel_for(args.rows, row_grain(args.d), [&](int64_t begin, int64_t end) {
+  parallel_for(args.rows, cpu::row_grain(args.d), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r)
-      rms_norm_row(args.x + r * args.ldx, args.weight, args.eps, args.d, static_cast<char*>(args.out) + r * row_bytes,
-                   bf16);
+      rms_norm_row(args.x + (args.rows_in ? args.rows_in[r] : r) * args.ldx, args.weight, args.eps, args.d,
+                   static_cast<char*>(args.out) + r * row_bytes, bf16);
   });
 }
 
@@ -77,7 +74,7 @@ void rope_kv_write(const RopeKvArgs& args) {
   const int first_k = args.n_heads, first_v = first_k + args.n_kv, heads = first_v + args.n_kv;
   const bool bf16 = args.dtype == DType::BF16;
   // Split over heads, rows inside: 32 positions of a head share their cache lines of K.
-  parallel_for(heads, row_grain(args.rows * hd), [&](int64_t begin, int64_t end) {
+  parallel_for(heads, cpu::row_grain(args.rows * hd), [&](int64_t begin, int64_t end) {
     thread_local Buffer scratch;
     scratch.reserve(size_t(hd) * 4, "rotated head");
     float* rotated = scratch.as<float>();
@@ -87,7 +84,7 @@ void rope_kv_write(const RopeKvArgs& args) {
         const int64_t position = args.positions[r];
         const KvSlab& slab = args.slabs[args.row_to_slab[r]];
         if (head >= first_v) {
-          write_v(slab, position, head - first_v, x);
+          cpu::write_v(slab, position, head - first_v, x);
           continue;
         }
         kernels.rotate({x, args.cos + position * (hd / 2), args.sin + position * (hd / 2), hd / 2, rotated});

@@ -48,6 +48,18 @@ struct DrawArgs {
   uint64_t least;  // of the 52 random bits
 };
 
+// One row of values against the slab's row of one position (see kv_layout.h).
+struct CompareArgs {
+  const float* v;  // [n_kv * head_dim]
+  int64_t n_kv, head_dim;
+  const void* cached;  // the position's element of panel 0; bf16: of its pair's first position
+  int64_t panel_stride;  // elements
+  bool bf16, odd;  // odd: the second position of its pair
+};
+struct CompareSums {
+  double dot, v_square, cached_square;
+};
+
 enum class Write { Store, AddTo, SiluMul };
 
 struct WriteArgs {
@@ -57,6 +69,7 @@ struct WriteArgs {
   const float* bias;  // [32] or null
   void* out;
   int64_t ldo;
+  const int32_t* out_rows;  // row r goes to row out_rows[r] of `out`; null: to row r
   bool bf16;
 };
 
@@ -80,7 +93,11 @@ struct Kernels {
   void (*softmax_chunk)(const SoftmaxChunk& args);
   // out[i] = x[i] * scale, fp32 or bf16
   void (*scale_row)(const float* x, float scale, int64_t n, void* out, bool bf16);
+  // out[i] += factor * x[i], x fp32 or bf16
+  void (*axpy)(float factor, const void* x, bool bf16, int64_t n, float* out);
   void (*rms_norm_row)(const float* x, const float* weight, float eps, int64_t n, void* out, bool bf16);
+  // v is rounded to bf16 first where the cached row is. Sums are fp64, in the same order on every instruction set.
+  void (*compare_values)(const CompareArgs& args, CompareSums* out);
   void (*rotate)(const RotateArgs& args);
   void (*widen)(const uint16_t* x, int64_t n, float* out);
   // x [n padded to 32] is changed: divided by `temperature` unless that is 1, `bias` (or null) added before, columns

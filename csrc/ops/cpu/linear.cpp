@@ -28,7 +28,9 @@ cpu::Write write_of(Epilogue epilogue) {
 
 void linear(const LinearArgs& args) {
   const PackedLinear& w = *args.w;
-  if (args.rows == 0 || w.n == 0) return;
+  const int64_t panel_end = args.panel_end < 0 ? w.panels() : args.panel_end;
+  const int64_t panels = panel_end - args.panel_begin;
+  if (args.rows == 0 || panels <= 0) return;
   thread_local Buffer widened;
   const cpu::Activations x = cpu::prepare_activations(args.x, w.dtype, args.rows, w.k, args.ldx, widened);
   const auto write = cpu::kernels().write;
@@ -36,7 +38,7 @@ void linear(const LinearArgs& args) {
   const bool gated = args.epilogue == Epilogue::SiluMul;
   const int64_t width = gated ? kPanel / 2 : kPanel;  // output columns of a panel
   const int64_t columns = gated ? w.n / 2 : w.n;
-  const int64_t panels = w.panels(), panel_bytes = w.k_padded() * kPanel * int64_t(size_of(w.dtype));
+  const int64_t panel_bytes = w.k_padded() * kPanel * int64_t(size_of(w.dtype));
   const int64_t out_size = int64_t(size_of(args.out_dtype));
 
   const int64_t blocks = (args.rows + kRowBlock - 1) / kRowBlock;
@@ -44,18 +46,19 @@ void linear(const LinearArgs& args) {
   parallel_for(blocks * panels, cpu::panel_grain(block, w.k, w.dtype), [&](int64_t begin, int64_t end) {
     alignas(64) float c[kRowBlock * kPanel];
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t row = task / panels * block, panel = task % panels;
+      const int64_t row = task / panels * block, panel = args.panel_begin + task % panels;
       const int64_t rows = std::min(block, args.rows - row);
       cpu::gemm_panel(x, w.dtype, row, rows, w.k, w.weight.as<char>() + panel * panel_bytes, c, kPanel);
 
-      const int64_t column = panel * width;
+      const int64_t column = (panel - args.panel_begin) * width, first_row = args.out_rows ? 0 : row;
       cpu::WriteArgs out{write_of(args.epilogue),
                          rows,
-                         std::min(width, columns - column),
+                         std::min(width, columns - panel * width),
                          c,
                          nullptr,
-                         static_cast<char*>(args.out) + (row * args.ldo + column) * out_size,
+                         static_cast<char*>(args.out) + (first_row * args.ldo + column) * out_size,
                          args.ldo,
+                         args.out_rows ? args.out_rows + row : nullptr,
                          args.out_dtype == DType::BF16};
       if (w.bias.bytes()) out.bias = w.bias.as<float>() + panel * kPanel;
       write(out);

@@ -26,6 +26,7 @@ void write(const WriteArgs& args) {
   alignas(64) float y[kColumns];
   for (int64_t r = 0; r < args.rows; ++r) {
     const float* c = args.c + r * kColumns;
+    const int64_t to = (args.out_rows ? args.out_rows[r] : r) * args.ldo;
     for (int j = 0; j < kColumns; j += W) {
       const vf v = load(c + j);
       store(y + j, args.bias ? v + load(args.bias + j) : v);
@@ -36,12 +37,12 @@ void write(const WriteArgs& args) {
         store(y + j, gate / (1.0f + exp(-gate)) * up);
       }
     if (args.what == Write::AddTo) {
-      float* out = static_cast<float*>(args.out) + r * args.ldo;
+      float* out = static_cast<float*>(args.out) + to;
       int64_t j = 0;
       for (; j + W <= args.columns; j += W) store(out + j, load(out + j) + load(y + j));
       for (; j < args.columns; ++j) out[j] += y[j];
     } else {
-      write_values(y, args.columns, args.out, r * args.ldo, args.bf16);
+      write_values(y, args.columns, args.out, to, args.bf16);
     }
   }
 }
@@ -57,6 +58,20 @@ void scale_row(const float* x, float scale, int64_t n, void* out, bool bf16) {
       for (int64_t j = 0; j < here; ++j) y[j] = x[i + j] * scale;
     }
     write_values(y, here, out, i, bf16);
+  }
+}
+
+void axpy(float factor, const void* x, bool bf16, int64_t n, float* out) {
+  const vf f = splat(factor);
+  int64_t i = 0;
+  if (bf16) {
+    const uint16_t* p = static_cast<const uint16_t*>(x);
+    for (; i + W <= n; i += W) store(out + i, fma(widen(p + i), f, load(out + i)));
+    for (; i < n; ++i) out[i] += as_float(uint32_t(p[i]) << 16) * factor;
+  } else {
+    const float* p = static_cast<const float*>(x);
+    for (; i + W <= n; i += W) store(out + i, fma(load(p + i), f, load(out + i)));
+    for (; i < n; ++i) out[i] += p[i] * factor;
   }
 }
 

@@ -1,0 +1,27 @@
+#include "decode/density.h"
+
+#include <cmath>
+
+namespace dllm {
+
+std::vector<double> certainty_density(std::span<const uint8_t> known, double sigma) {
+  const int64_t n = int64_t(known.size());
+  std::vector<double> phi(size_t(3 * n + 1)), tail(size_t(3 * n + 2));
+  for (int64_t d = 0; d <= 3 * n; ++d) phi[size_t(d)] = std::exp(-double(d * d) / (2 * sigma * sigma));
+  // tail[d] = phi(d) + phi(d + 1) + ... , summed from the small end, so that far positions keep their order.
+  for (int64_t d = 3 * n; d >= 0; --d) tail[size_t(d)] = tail[size_t(d + 1)] + phi[size_t(d)];
+  const auto between = [&](int64_t first, int64_t last) { return tail[size_t(first)] - tail[size_t(last + 1)]; };
+
+  const double all = n == 0 ? 1.0 : between(1, 3 * n) + between(0, 3 * n - 1);
+  std::vector<double> density(size_t(n), 0.0);
+  for (int64_t i = 0; i < n; ++i) {
+    double sum = between(i + 1, i + n);
+    if (known[size_t(n - 1)]) sum += between(n - i, 2 * n - 1 - i);
+    for (int64_t j = 0; j < n; ++j)
+      if (known[size_t(j)]) sum += phi[size_t(i < j ? j - i : i - j)];
+    density[size_t(i)] = sum / all;
+  }
+  return density;
+}
+
+}  // namespace dllm

@@ -1,0 +1,16 @@
+// Certainty density (d2Cache, arXiv 2509.23094, eq. 3; normalised and padded as in github.com/Kamichanw/d2Cache): how much of
+// a position's neighbourhood is decided already.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+namespace dllm {
+
+// For L = known.size() positions, with phi(d) = exp(-d^2 / (2 sigma^2)),
+//   D(i) = sum_{j = -L}^{2L - 1} phi(i - j) known*(j)  /  sum_{d = -3L}^{3L - 1} phi(d)
+// known* is true left of the positions, known inside, and right of them true exactly if the last one is known.
+std::vector<double> certainty_density(std::span<const uint8_t> known, double sigma);
+
+}  // namespace dllm

@@ -1,0 +1,53 @@
+// What one step gives the transformer: rows of several sequences, packed one after the other without padding.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "ops/features.h"
+#include "ops/kv_layout.h"
+
+namespace dllm {
+
+// dLLM-Cache (arXiv 2506.06295): a layer computes some of the step's rows, the others get the outputs that its attention
+// and MLP had when they were last computed. Rows are numbered within the sequence's part of the step.
+struct FeatureStep {
+  struct Refresh {
+    bool prompt, response;  // every row of the part is computed
+  };
+  std::vector<Refresh> layers;
+  std::vector<int32_t> prompt_rows, response_rows;  // ascending, together all rows of the step
+  // Where the response is not refreshed: V of all of its rows is written, and this many of them are computed, those whose V
+  // was least similar before. -1: neither.
+  int64_t n_verify = -1;
+  std::vector<int32_t> last_rows;  // ascending: rows whose final hidden state is or may yet be read
+};
+
+// The kept outputs of one layer.
+struct LayerFeatures {
+  ops::FeatureSlab attention, mlp;
+};
+
+struct StepInput {
+  struct Sequence {
+    int64_t row_begin, row_end;
+    int64_t n_keys;  // slots that hold a position of this sequence
+    std::span<const ops::KvSlab> slabs;  // one per layer
+    bool importance = false;  // report attention rollout (ops/rollout.h)
+    const FeatureStep* features = nullptr;  // or null: every layer computes every row
+    std::span<const LayerFeatures> feature_slabs = {};  // one per layer
+  };
+  std::vector<int32_t> tokens, positions;  // [rows]; positions ascend within a sequence
+  std::vector<Sequence> sequences;
+  std::vector<int32_t> out_rows;  // rows whose final hidden state is wanted, ascending
+
+  void clear() {
+    tokens.clear();
+    positions.clear();
+    sequences.clear();
+    out_rows.clear();
+  }
+};
+
+}  // namespace dllm
