@@ -74,6 +74,7 @@ class StatsDict(TypedDict):
     weight_bytes: list[int]
     commits: list[int]
     seconds: list[float]
+    selection_seconds: list[float]
     seconds_total: float
     seconds_first_block: float
 

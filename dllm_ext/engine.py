@@ -53,6 +53,9 @@ class Stats:
     commits: list[int] = field(repr=False)
     """Positions committed."""
     seconds: list[float] = field(repr=False)
+    """Wall seconds."""
+    selection_seconds: list[float] = field(repr=False)
+    """Of these, spent on choosing rows for this sequence: densities, attention rollout, similarities, sorting."""
 
     @property
     def tokens_per_second(self) -> float:

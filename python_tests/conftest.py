@@ -163,3 +163,13 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def report(request):
+    """Where tests that compare the engine with the oracle note how close the oracle's decisions were."""
+    from parity import Report
+
+    book = Report()
+    request.config.pluginmanager.register(book, "parity-report")
+    return book

@@ -1,7 +1,7 @@
 """Shared by the tests that compare the engine with the oracle: pairs of the two, and the settings they are run with."""
 
 import tempfile
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 
 import models
@@ -14,6 +14,9 @@ from dllm_ext import D2Cache, DLLMCache, Engine, TokenFrequencies
 
 FAMILIES = models.FAMILIES
 CACHES = ("none", "prefix", "dual")
+ALL_CACHES = (*CACHES, "dllm", "d2")
+# Small enough that on the canvases below every refresh, selection and gap filling happens.
+CACHE_SETTINGS = {"dllm": {"kp": 8, "kr": 3}, "d2": {"current_k": 6, "rollout_p": 0.2}}
 FEATURE_FIELDS = ("kp", "kr", "rou", "always_refresh_layers", "cfg_interval_steps")
 ROLLOUT_FIELDS = {"rollout_p": "rollout_p", "current_k": "current_k", "d2_sigma": "sigma", "inflate_w": "inflate_w"}
 
@@ -74,6 +77,24 @@ DECODERS = {
         "temperature": 0.4,
     },
     "no stop": {"per_block": 5, "stop_at_eos": False},
+    "prior": {"num_transfer_tokens": 1, "sigma": 10.0},
+    "prior off": {"num_transfer_tokens": 2, "sigma": 0.0},
+    "prior, threshold": {"threshold": 0.4, "sigma": 5.0},
+    "prior, factor": {"factor": 1.5, "sigma": 6.0, "num_transfer_tokens": 2},
+    "prior, entropy": {"num_transfer_tokens": 2, "sigma": 5.0, "remasking": "entropy"},
+    "prior, drawn": {"num_transfer_tokens": 2, "sigma": 8.0, "alg_temp": 0.1, "seed": 2},
+    "eb": {"gamma": 2.0},
+    "eb, entropy": {"gamma": 1.0, "remasking": "entropy"},
+    "eb, prior, at least 2": {"gamma": 0.0, "sigma": 4.0, "num_transfer_tokens": 2},
+    "klass": {"kl_threshold": 0.3, "threshold": 0.3},
+    "klass, factor": {"kl_threshold": 0.6, "factor": 1.5, "kl_history_length": 1},
+    "klass, guidance": {"kl_threshold": 0.8, "threshold": 0.2, "cfg_scale": 0.6, "top_p": 0.9},
+    "pc": {"num_transfer_tokens": 1, "token_frequencies": True, "position_decay": 0.25},
+    "pc, clipped": {"threshold": 0.4, "token_frequencies": True, "clip_alpha": 1.5},
+    "decay": {"per_block": 4, "position_decay": 0.5, "remasking": "topk_margin"},
+    "left to right": {"num_transfer_tokens": 2, "autoregressive": True},
+    "left to right, threshold": {"threshold": 0.2, "autoregressive": True},
+    "left to right, steps": {"per_block": 3, "autoregressive": True},
 }
 
 
@@ -113,10 +134,24 @@ def prompt_of(family, length, seed=None):
     return models.random_prompt(models.config_of(family), length, seed=length if seed is None else seed)
 
 
+def frequencies():
+    """A made-up corpus: ids in no order, frequencies from 1e-5 to a half."""
+    values = [(0.5 ** (1 + i * 7 % 16)) for i in range(320)]
+    return tuple(values)
+
+
+def is_legal(decoder, cache):
+    """d2Cache chooses by confidence, which origin does not have, and may not compute the leftmost masked position."""
+    settings = DECODERS[decoder]
+    return cache != "d2" or not (settings.get("remasking") == "origin" or settings.get("autoregressive"))
+
+
 def options_of(decoder, shape, cache, **more):
     """Options of a generation from an entry of DECODERS and of SHAPES."""
-    settings = DECODERS[decoder] | more
+    settings = CACHE_SETTINGS.get(cache, {}) | DECODERS[decoder] | more
     _, gen_length, block_length = shape
+    if settings.get("token_frequencies"):
+        settings["token_frequencies"] = frequencies()
     if (per_block := settings.pop("per_block", None)) is not None:
         settings["steps"] = per_block * max(1, -(-gen_length // block_length))
     return Options(gen_length=gen_length, block_length=block_length, cache=cache, **settings)
@@ -141,3 +176,56 @@ def run_engine(engine, prompts, o, **more):
     events = [[] for _ in prompts]
     results = engine.generate(prompts, on_step=lambda e: events[e.sequence].append(e), **engine_settings(o), **more)
     return results, events
+
+
+class Report:
+    """Smallest decision margins of the oracle, by kind, and where they were; printed in the terminal summary."""
+
+    def __init__(self):
+        self.smallest = {}
+        self.runs = 0
+        self.lines = []
+
+    def note(self, run, where):
+        self.runs += 1
+        for kind, gap in run.margins.items():
+            self.smallest[kind] = min((gap, where), self.smallest.get(kind, (float("inf"), "")))
+
+    def pytest_terminal_summary(self, terminalreporter):
+        terminalreporter.section("engine against oracle")
+        terminalreporter.line(f"{self.runs} generations; smallest gap to another decision (oracle, fp64):")
+        for kind, (gap, where) in sorted(self.smallest.items(), key=lambda item: item[1]):
+            terminalreporter.line(f"  {kind:<10} {gap:.3e}  {where}")
+        for line in self.lines:
+            terminalreporter.line(line)
+
+
+def check(pair, prompt, o, report, where):
+    """One generation: tokens, every step's commits, and every counter are the oracle's. Returns the oracle's run."""
+    if o.token_frequencies is not None:
+        o = replace(o, token_frequencies=o.token_frequencies[: pair.oracle.vocab_size])
+    (result,), (events,) = run_engine(pair.engine, [prompt], o)
+    run = loops.generate(pair.oracle, prompt, o)
+    report.note(run, where)
+    committed = [list(zip(e.positions, e.token_ids, strict=True)) for e in events]
+    assert committed == [step.committed for step in run.steps], where
+    assert result.token_ids == run.token_ids, where
+    assert result.prompt_ids == run.prompt_ids, where
+    assert result.nfe == run.nfe, where
+
+    assert result.stats.commits == [len(step.committed) for step in run.steps], where
+    if o.cache == "dllm":
+        return run  # its rows are chosen per layer, and the oracle computes more of them than the engine
+    streams = 2 if o.cfg_scale > 0 else 1
+    length = len(prompt) + o.gen_length
+    layers = pair.oracle.shape.n_layers
+    assert [e.rows for e in events] == [len(step.rows) for step in run.steps], where
+    assert result.stats.rows == [streams * len(step.rows) for step in run.steps], where
+    assert result.stats.layer_rows == [layers * rows for rows in result.stats.rows], where
+    assert result.stats.logit_rows == [streams * len(step.logit_rows) for step in run.steps], where
+    assert result.stats.attention_pairs == [
+        # the last layer needs only the rows that have logits, but rollout wants the attention of all
+        streams * length * (len(step.rows) * (layers - 1) + len(step.rows if o.cache == "d2" else step.logit_rows))
+        for step in run.steps
+    ], where
+    return run

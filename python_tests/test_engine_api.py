@@ -329,7 +329,7 @@ def test_result_is_plain_data(engine):
 
 def fake_result(token_ids, **stats):
     lists = ("rows", "layer_rows", "verify_rows", "logit_rows", "attention_pairs", "weight_bytes", "commits")
-    values = {"seconds": [0.1, 0.3], "seconds_total": 0.5, "seconds_first_block": 0.2}
+    values = {"seconds": [0.1, 0.3], "selection_seconds": [0.0, 0.0], "seconds_total": 0.5, "seconds_first_block": 0.2}
     values |= {name: [3, 4] for name in lists} | stats
 
     class Fake:

@@ -50,10 +50,13 @@ def chosen(confidence, positions=None, t=0, masked=None, steps_of_block=None, en
 # ------------------------------------------------------------------------------------------- EB-sampler
 
 
-@given(st.lists(st.floats(0, 3), min_size=1, max_size=10), st.floats(0, 4))
+@given(st.lists(st.integers(0, 48), min_size=1, max_size=10), st.integers(0, 64))
 @settings(deadline=None)
 def test_number_for_gamma(entropy, gamma):
-    """Against the definition: the longest prefix with sum - max <= gamma. The released sum leaves out the last."""
+    """Against the definition: the longest prefix with sum - max <= gamma. The released sum leaves out the last.
+
+    In whole numbers, as the sums must not be rounded here.
+    """
     fits = [n for n in range(1, len(entropy) + 1) if sum(entropy[:n]) - max(entropy[:n]) <= gamma]
     assert decoders.number_for_gamma(entropy, gamma)[0] == max(fits) == len(fits)
     previous = [n for n in range(1, len(entropy) + 1) if sum(entropy[:n]) - entropy[n - 1] <= gamma]

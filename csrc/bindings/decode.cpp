@@ -22,8 +22,10 @@ void bind_decode(py::module_& m) {
       [](const py::dict& config, const std::vector<double>& confidence, int64_t step_in_block,
          int64_t masked_at_start) {
         std::vector<Proposal> proposals;
-        for (size_t i = 0; i < confidence.size(); ++i) proposals.push_back({int32_t(i), 0, confidence[i], confidence[i]});
-        return select_transfers(config_from_dict(config), {0, step_in_block, masked_at_start}, proposals);
+        for (size_t i = 0; i < confidence.size(); ++i)
+          proposals.push_back({int32_t(i), 0, confidence[i], confidence[i]});
+        return select_transfers(config_from_dict(config),
+                                {0, step_in_block, masked_at_start, int64_t(confidence.size())}, proposals);
       },
       py::arg("config"), py::arg("confidence"), py::arg("step_in_block") = 0, py::arg("masked_at_start") = 0,
       "Indices that a step commits, for proposals at positions 0, 1, ... with these confidences.");

@@ -110,6 +110,7 @@ py::dict stats_dict(const Result& r) {
   d["weight_bytes"] = column(r, &StepStats::weight_bytes);
   d["commits"] = column(r, &StepStats::commits);
   d["seconds"] = column(r, &StepStats::seconds);
+  d["selection_seconds"] = column(r, &StepStats::selection_seconds);
   d["seconds_total"] = r.seconds_total;
   d["seconds_first_block"] = r.seconds_first_block;
   return d;

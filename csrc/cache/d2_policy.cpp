@@ -57,9 +57,7 @@ class D2CachePolicy final : public CachePolicy {
     const auto in_block = [&](int32_t p) {
       return std::binary_search(view.block.positions.begin(), view.block.positions.end(), p);
     };
-    const auto key = [&](int32_t p) {
-      return std::tuple(!in_block(p), -certainty_[size_t(p)] * density[size_t(p)]);
-    };
+    const auto key = [&](int32_t p) { return std::tuple(!in_block(p), -certainty_[size_t(p)] * density[size_t(p)]); };
     std::stable_sort(candidates.begin(), candidates.end(), [&](int32_t a, int32_t b) { return key(a) < key(b); });
     candidates.resize(std::min(candidates.size(), k));
     return candidates;

@@ -108,9 +108,9 @@ class ReleasedD2Cache final : public CachePolicy, public BatchedRows {
   D2CacheConfig config_;
   int shift_;
   std::vector<double> certainty_;  // per generated position, of step 0
-  std::vector<double> prior_;      // certainty x density per generated position, after the last step
-  double batch_prior_ = 0;         // the highest of all sequences
-  std::vector<int32_t> block_;     // masked positions of the block when the last step began
+  std::vector<double> prior_;  // certainty x density per generated position, after the last step
+  double batch_prior_ = 0;  // the highest of all sequences
+  std::vector<int32_t> block_;  // masked positions of the block when the last step began
   std::vector<float> importance_;  // per position, of the last step
   std::vector<int32_t> next_rows_;
 };

@@ -39,7 +39,9 @@ bool by_probability(const GenerationConfig& c) {
 }
 
 const IllegalCombination kIllegal[] = {
-    {[](const GenerationConfig& c) { return int(!!c.steps) + int(!!c.threshold) + int(!!c.factor) + int(!!c.gamma) > 1; },
+    {[](const GenerationConfig& c) {
+       return int(!!c.steps) + int(!!c.threshold) + int(!!c.factor) + int(!!c.gamma) > 1;
+     },
      "more than one of steps, threshold, factor and gamma",
      "each of them decides how many positions a step commits: give one"},
     {[](const GenerationConfig& c) { return uses(c, TransferRule::Threshold) && !by_probability(c); },
@@ -75,9 +77,7 @@ const IllegalCombination kIllegal[] = {
      },
      "kl_threshold with steps, gamma or a bare num_transfer_tokens",
      "KLASS filters what threshold or factor choose; give one of them"},
-    {[](const GenerationConfig& c) {
-       return !c.token_frequencies.empty() && c.remasking != Remasking::LowConfidence;
-     },
+    {[](const GenerationConfig& c) { return !c.token_frequencies.empty() && c.remasking != Remasking::LowConfidence; },
      "token_frequencies with remasking other than low_confidence",
      "PC-Sampler weighs the probability of the proposed token"},
     {[](const GenerationConfig& c) {
@@ -87,9 +87,7 @@ const IllegalCombination kIllegal[] = {
      "autoregressive with factor, gamma, alg_temp, kl_threshold, sigma, token_frequencies, position_decay, or "
      "remasking random or origin",
      "they choose among positions, and autoregressive leaves no choice"},
-    {[](const GenerationConfig& c) {
-       return c.autoregressive && c.cache == CacheKind::D2 && !c.reference_quirks;
-     },
+    {[](const GenerationConfig& c) { return c.autoregressive && c.cache == CacheKind::D2 && !c.reference_quirks; },
      "autoregressive with cache d2", "d2Cache may not compute the first masked position"},
     {[](const GenerationConfig& c) { return c.dllm.cfg_interval_steps != 1 && !(c.cfg_scale > 0); },
      "cfg_interval_steps without cfg_scale", "there is no guidance whose difference could be kept"},
@@ -99,9 +97,8 @@ const IllegalCombination kIllegal[] = {
     {[](const GenerationConfig& c) { return c.cache != CacheKind::D2 && c.d2 != D2CacheConfig(); },
      "rollout_p, current_k, d2_sigma or inflate_w with another cache than d2", "they are settings of d2Cache"},
     {[](const GenerationConfig& c) {
-       return c.reference_quirks &&
-              (c.steps || c.cfg_scale > 0 || c.alg_temp || c.logits_eos_inf || c.confidence_eos_eot_inf ||
-               c.position_decay > 0);
+       return c.reference_quirks && (c.steps || c.cfg_scale > 0 || c.alg_temp || c.logits_eos_inf ||
+                                     c.confidence_eos_eot_inf || c.position_decay > 0);
      },
      "reference_quirks with steps, cfg_scale, alg_temp, logits_eos_inf, confidence_eos_eot_inf or position_decay",
      "the released d2Cache harness has none of them"},

@@ -31,11 +31,11 @@ std::vector<double> scores_of(const GenerationConfig& c, const StepPosition& at,
   return score;
 }
 
-int64_t count_by_steps(const GenerationConfig& c, const StepPosition& at, int64_t eligible) {
+int64_t count_by_steps(const GenerationConfig& c, const StepPosition& at) {
   const int64_t steps = c.steps_per_block();
-  if (at.step_in_block >= steps) return eligible;
+  if (at.step_in_block >= steps) return at.eligible;
   return c.schedule == Schedule::LLaDA ? llada_transfer_count(at.masked_at_start, steps, at.step_in_block)
-                                       : dream_transfer_count(eligible, c.eps, steps, at.step_in_block);
+                                       : dream_transfer_count(at.eligible, c.eps, steps, at.step_in_block);
 }
 
 // What threshold and factor compare: the confidence. The released d2Cache harness compares the score.
@@ -89,12 +89,11 @@ std::vector<int32_t> choose_by_entropy_bound(const GenerationConfig& c, std::spa
 std::vector<int32_t> choose_leading(const GenerationConfig& c, const StepPosition& at,
                                     std::span<const Proposal> proposals) {
   int64_t run = std::min<int64_t>(1, int64_t(proposals.size()));
-  while (run < int64_t(proposals.size()) &&
-         proposals[size_t(run)].position == proposals[size_t(run - 1)].position + 1)
+  while (run < int64_t(proposals.size()) && proposals[size_t(run)].position == proposals[size_t(run - 1)].position + 1)
     ++run;
   int64_t n = 0;
   if (c.rule() == TransferRule::Steps)
-    n = count_by_steps(c, at, int64_t(proposals.size()));
+    n = count_by_steps(c, at);
   else if (c.rule() == TransferRule::Threshold)
     while (n < run && proposals[size_t(n)].confidence >= c.effective_threshold()) ++n;
   else if (c.reference_quirks)
@@ -176,13 +175,11 @@ std::vector<int32_t> select_transfers(const GenerationConfig& c, const StepPosit
   if (c.remasking == Remasking::Origin) return select_origin(c, at, proposals);
   if (c.autoregressive) return choose_leading(c, at, proposals);
   std::vector<int32_t> order = order_by(scores_of(c, at, proposals));
-  const int64_t eligible = int64_t(order.size());
-
   std::vector<int32_t> chosen;
   int64_t least = c.min_transfer();
   switch (c.rule()) {
     case TransferRule::Steps:
-      least = std::max(count_by_steps(c, at, eligible), c.num_transfer_tokens.value_or(0));
+      least = std::max(count_by_steps(c, at), c.num_transfer_tokens.value_or(0));
       break;
     case TransferRule::Threshold:
       chosen = choose_by_threshold(c, proposals);
@@ -199,7 +196,7 @@ std::vector<int32_t> select_transfers(const GenerationConfig& c, const StepPosit
   // KLASS falls back only where its filter leaves nothing; the other rules promise `least`.
   const bool enough = c.kl_threshold ? !chosen.empty() : int64_t(chosen.size()) >= least;
   if (!enough) {
-    order.resize(size_t(std::min(least, eligible)));
+    order.resize(size_t(std::min(least, int64_t(order.size()))));
     chosen = order;
   }
   std::sort(chosen.begin(), chosen.end());

@@ -23,9 +23,10 @@ struct Proposal {
 
 // Where in its block a sequence is.
 struct StepPosition {
-  uint32_t step;           // forward index of the sequence, over the whole generation: keys the noise
-  int64_t step_in_block;   // from 0
-  int64_t masked_at_start;  // positions that were masked when the block began
+  uint32_t step = 0;            // forward index of the sequence, over the whole generation: keys the noise
+  int64_t step_in_block = 0;    // from 0
+  int64_t masked_at_start = 0;  // positions that were masked when the block began
+  int64_t eligible = 0;         // positions that may still be committed in this block, computed by this step or not
 };
 
 // What a score transform knows of a position.

@@ -22,24 +22,24 @@ using StepCallback = std::function<bool(const StepEvent&)>;
 
 // Counters of one step, for one sequence (both passes of guidance are counted).
 struct StepStats {
-  int64_t rows = 0;             // in the step's plan: pushed through the layers, or carried past some of them (dLLM-Cache)
-  int64_t layer_rows = 0;       // rows that a layer computed, summed over layers: n_layers * rows but for dLLM-Cache
-  int64_t verify_rows = 0;      // rows of which a layer computed V only, to compare it, summed over layers
-  int64_t logit_rows = 0;       // pushed through the LM head
+  int64_t rows = 0;  // in the step's plan: pushed through the layers, or carried past some of them (dLLM-Cache)
+  int64_t layer_rows = 0;  // rows that a layer computed, summed over layers: n_layers * rows but for dLLM-Cache
+  int64_t verify_rows = 0;  // rows of which a layer computed V only, to compare it, summed over layers
+  int64_t logit_rows = 0;  // pushed through the LM head
   int64_t attention_pairs = 0;  // query rows x keys, summed over layers
-  int64_t weight_bytes = 0;     // packed weights read by the step, shared by all sequences that ran in it
-  int64_t commits = 0;          // positions committed
-  double seconds = 0;           // wall time of the step, all sequences that ran in it
+  int64_t weight_bytes = 0;  // packed weights read by the step, shared by all sequences that ran in it
+  int64_t commits = 0;  // positions committed
+  double seconds = 0;  // wall time of the step, all sequences that ran in it
   double selection_seconds = 0;  // of this sequence, spent choosing rows: densities, rollout, similarities, sorting
 };
 
 struct Result {
-  std::vector<int32_t> token_ids;     // gen_length ids; EOS after the first stop id where generation stopped there
-  std::vector<int32_t> prompt_ids;    // the prompt, infills filled
+  std::vector<int32_t> token_ids;  // gen_length ids; EOS after the first stop id where generation stopped there
+  std::vector<int32_t> prompt_ids;  // the prompt, infills filled
   std::vector<int64_t> commit_steps;  // per generated position, the step that committed it; -1: filled with EOS
-  int64_t nfe = 0;                    // model evaluations, full or partial, each 1; guidance counts its second pass
+  int64_t nfe = 0;  // model evaluations, full or partial, each 1; guidance counts its second pass
   std::vector<StepStats> steps;
-  double seconds_total = 0;        // from this sequence's first step to its last
+  double seconds_total = 0;  // from this sequence's first step to its last
   double seconds_first_block = 0;  // until its first block was committed
 };
 

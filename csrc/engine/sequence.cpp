@@ -69,15 +69,12 @@ void Sequence::find_eligible() {
   eligible_.clear();
   for (int32_t p : block_positions_)
     if (canvas_.masked.test(p) && p < first_stop_) eligible_.push_back(p);
+  at_.eligible = int64_t(eligible_.size());
 }
 
 SequenceView Sequence::view() const {
-  return {canvas_.prompt_length,
-          config_.block_length,
-          canvas_.editable,
-          canvas_.masked,
-          first_stop_,
-          {block_positions_, block_begin_, at_.step_in_block},
+  return {canvas_.prompt_length, config_.block_length, canvas_.editable,
+          canvas_.masked,        first_stop_,          {block_positions_, block_begin_, at_.step_in_block},
           int64_t(at_.step)};
 }
 
@@ -174,9 +171,8 @@ void Sequence::commit(const ops::RowStats* reads, const ops::RowStats* blanks, s
   std::vector<Proposal> proposals;
   std::merge(computed.begin(), computed.end(), uncomputed.begin(), uncomputed.end(), std::back_inserter(proposals),
              [](const Proposal& a, const Proposal& b) { return a.position < b.position; });
-  std::erase_if(proposals, [&](const Proposal& p) {
-    return !std::binary_search(eligible_.begin(), eligible_.end(), p.position);
-  });
+  std::erase_if(proposals,
+                [&](const Proposal& p) { return !std::binary_search(eligible_.begin(), eligible_.end(), p.position); });
 
   const StepPlan& plan = streams_[0].plan;
   event = {index_, int64_t(at_.step), block_, {}, {}, int64_t(plan.rows.size()), plan.is_full};

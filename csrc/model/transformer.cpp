@@ -100,16 +100,16 @@ void Transformer::qkv(const StepInput& in, int layer) {
   const LayerWeights& w = weights_.layers[size_t(layer)];
   const DType t = weights_.dtype;
   const int64_t n = int64_t(live_.size());
-  ops::rms_norm({static_cast<const float*>(x_.data), n, spec_.d_model, x_.ld, w.attn_norm.as<float>(),
-                 spec_.norm_eps, h_.data, h_.ld, t, live_.data()});
+  ops::rms_norm({static_cast<const float*>(x_.data), n, spec_.d_model, x_.ld, w.attn_norm.as<float>(), spec_.norm_eps,
+                 h_.data, h_.ld, t, live_.data()});
   const int64_t columns = spec_.q_columns() + 2 * spec_.kv_columns();
   const Rows y = scratch(qkv_buffer_, std::min(n, kRowChunk), columns, DType::F32, "QKV");
   for (int64_t r = 0; r < n; r += kRowChunk) {
     const int64_t here = std::min(kRowChunk, n - r);
     ops::linear({&w.qkv, row_ptr(h_.data, h_.ld, t, r), here, h_.ld, y.data, y.ld, DType::F32, ops::Epilogue::Store});
-    ops::rope_kv_write({static_cast<const float*>(y.data), here, y.ld, spec_.n_heads, spec_.n_kv_heads,
-                        spec_.head_dim, cos_.data(), sin_.data(), live_positions_.data() + r,
-                        row_ptr(q_.data, q_.ld, t, r), q_.ld, t, layer_slabs_.data(), live_slab_.data() + r});
+    ops::rope_kv_write({static_cast<const float*>(y.data), here, y.ld, spec_.n_heads, spec_.n_kv_heads, spec_.head_dim,
+                        cos_.data(), sin_.data(), live_positions_.data() + r, row_ptr(q_.data, q_.ld, t, r), q_.ld, t,
+                        layer_slabs_.data(), live_slab_.data() + r});
   }
   for (size_t s = 0; s < in.sequences.size(); ++s)
     work_[s].layer_rows += sequences_[s].row_end - sequences_[s].row_begin;

@@ -61,7 +61,7 @@ class Transformer {
   void attention(const StepInput& in, int layer);
   void mlp(const StepInput& in, int layer);
   void add_to_stream(const StepInput& in, int layer, const ops::PackedLinear& w, const void* rows, int64_t ld,
-                     int64_t begin, int64_t n, ops::FeatureSlab LayerFeatures::*slab);
+                     int64_t begin, int64_t n, ops::FeatureSlab LayerFeatures::* slab);
   void add_kept_features(const StepInput& in, int layer);
   void find_importance(const StepInput& in);
   static int64_t capture_stride(int64_t keys);

@@ -100,8 +100,8 @@ std::vector<int32_t> Transformer::least_similar(const StepInput& in, size_t s, i
   // The panels of the fused projection that hold V; the first may begin with columns of K.
   const int64_t first_column = spec_.q_columns() + spec_.kv_columns(), panel = first_column / ops::kPanel;
   const Rows v = scratch(value_buffer_, n, w.qkv.n - panel * ops::kPanel, DType::F32, "values");
-  ops::rms_norm({static_cast<const float*>(x_.data), n, spec_.d_model, x_.ld, w.attn_norm.as<float>(),
-                 spec_.norm_eps, h_.data, h_.ld, weights_.dtype, rows.data()});
+  ops::rms_norm({static_cast<const float*>(x_.data), n, spec_.d_model, x_.ld, w.attn_norm.as<float>(), spec_.norm_eps,
+                 h_.data, h_.ld, weights_.dtype, rows.data()});
   ops::linear({&w.qkv, h_.data, n, h_.ld, v.data, v.ld, DType::F32, ops::Epilogue::Store, nullptr, panel});
   const float* values = static_cast<const float*>(v.data) + first_column % ops::kPanel;
 

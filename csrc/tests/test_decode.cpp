@@ -15,7 +15,8 @@ namespace {
 
 std::vector<Proposal> proposals_of(const std::vector<double>& confidence) {
   std::vector<Proposal> p;
-  for (size_t i = 0; i < confidence.size(); ++i) p.push_back({int32_t(10 + i), int32_t(i), confidence[i], confidence[i]});
+  for (size_t i = 0; i < confidence.size(); ++i)
+    p.push_back({int32_t(10 + i), int32_t(i), confidence[i], confidence[i]});
   return p;
 }
 
@@ -32,8 +33,7 @@ std::string rows_of(CacheKind kind, int step, int shift, std::vector<int32_t> bl
   spec.logit_shift = shift;
   const Bitmap positions(12);
   StepPlan plan;
-  make_cache_policy(config, spec)
-      ->plan({suffix, 4, positions, positions, 12, {block, suffix, step}, step}, 0, plan);
+  make_cache_policy(config, spec)->plan({suffix, 4, positions, positions, 12, {block, suffix, step}, step}, 0, plan);
   return join(plan.rows);
 }
 
@@ -94,9 +94,10 @@ TEST(steps_commit_by_their_schedule_and_then_the_rest) {
   c.gen_length = c.block_length = 10;
   c.steps = 4;
   StepPosition at;
-  at.masked_at_start = 10;
+  at.masked_at_start = at.eligible = 10;
   CHECK_EQ(select_transfers(c, at, proposals_of(std::vector<double>(10, 0.5))).size(), 3u);
   at.step_in_block = 4;
+  at.eligible = 5;
   CHECK_EQ(select_transfers(c, at, proposals_of(std::vector<double>(5, 0.5))).size(), 5u);
 }
 

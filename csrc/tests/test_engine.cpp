@@ -56,8 +56,7 @@ TEST(every_policy_decoder_family_and_precision_runs) {
     test::write_tiny_model(f, family);
     for (DType t : {DType::F32, DType::BF16}) {
       Engine engine(f.path(), t);
-      for (CacheKind cache :
-           {CacheKind::None, CacheKind::Prefix, CacheKind::Dual, CacheKind::DLLM, CacheKind::D2})
+      for (CacheKind cache : {CacheKind::None, CacheKind::Prefix, CacheKind::Dual, CacheKind::DLLM, CacheKind::D2})
         for (GenerationConfig c : decoders()) {
           if (cache == CacheKind::D2 && c.remasking == Remasking::Origin) continue;
           c.cache = cache;

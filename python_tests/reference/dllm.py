@@ -34,11 +34,16 @@ class Features:
 
 
 def least_similar(new, old, n, decisions):
-    """Indices of the n rows with the lowest cos(new, old), ascending; ties: lowest first. new, old [R, kv width]."""
+    """Indices of the n rows with the lowest cos(new, old), ascending; ties: lowest first. new, old [R, kv width].
+
+    Rows that did not change tie; torch gives them other last bits where it computes another number of rows, hence the
+    rounding.
+    """
     new, old = new.double(), old.double()
-    cosine = ((new * old).sum(-1) / (new.norm(dim=-1) * old.norm(dim=-1))).tolist()
+    cosine = (new * old).sum(-1) / (new.norm(dim=-1) * old.norm(dim=-1))
+    cosine = cosine.round(decimals=12).tolist()
     order = sorted(range(len(cosine)), key=lambda i: (cosine[i], i))
-    if 0 < n < len(order):
+    if 0 < n < len(order) and cosine[order[n]] > cosine[order[n - 1]]:
         decisions.note("verify", cosine[order[n]] - cosine[order[n - 1]])
     return sorted(order[:n])
 
@@ -70,8 +75,9 @@ def forward(model, tokens, features, response, o, decisions):
             refreshed += prompt
         if always or t % o.kr == 0:
             refreshed += response
-        elif (number := int(o.rou * len(response))) > 0:
+        elif o.rou > 0:
             v = project("v", response, s.n_kv_heads)
+            number = int(o.rou * len(response))  # perhaps none: V of all is replaced even so
             picked = least_similar(v.flatten(1), features.v[layer, response].flatten(1), number, decisions)
             features.v[layer, response] = v
             refreshed += [response[i] for i in picked]

@@ -251,7 +251,8 @@ class Generation:
         stale_certainties = o.reference_quirks and step > 0
         whole = self.stability is not None or (o.cache == "d2" and not stale_certainties)
         whole = whole or (guided and interval > 1 and fresh)
-        wanted = sorted(self.masked) if whole else eligible
+        limit = self.total if o.reference_quirks else self.limit()  # what lies behind a stop id is never decided
+        wanted = sorted(i for i in self.masked if i < limit) if whole else eligible
         at_hand = {i + self.shape.shift for i in rows}
         read = [i for i in wanted if i in at_hand]
         blank = [i for i in wanted if i not in at_hand] if o.reference_quirks else []

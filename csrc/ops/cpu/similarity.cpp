@@ -26,8 +26,7 @@ void value_similarity(const ValueSimilarityArgs& args) {
       compare_values({args.v + r * args.ldv, slab.n_kv, slab.head_dim, values + at, slab.capacity * kPanel, bf16, odd},
                      &sums);
       // One root of the product: for equal vectors sqrt(x * x) is x, so that rows that did not change tie at exactly 1.
-      args.similarity[r] =
-          sums.dot / std::sqrt(std::max(sums.v_square, kLeast) * std::max(sums.cached_square, kLeast));
+      args.similarity[r] = sums.dot / std::sqrt(std::max(sums.v_square, kLeast) * std::max(sums.cached_square, kLeast));
     }
   });
 }
