@@ -15,7 +15,8 @@ namespace dllm {
 
 int64_t Transformer::capture_stride(int64_t keys) { return (keys + 15) / 16 * 16; }
 
-// Head means of every layer, [n_layers][rows][keys] per sequence: only a full pass is large, and gives its memory back.
+// Head means of every layer, [n_layers][rows][keys] per sequence. Only a full pass needs much memory; find_importance gives
+// it back.
 void Transformer::prepare_captures(const StepInput& in) {
   captures_.assign(in.sequences.size(), nullptr);
   importance_.resize(in.sequences.size());
@@ -25,7 +26,6 @@ void Transformer::prepare_captures(const StepInput& in) {
   size_t total = 0;
   for (const auto& s : in.sequences) total += elements(s);
   const size_t bytes = checked_bytes("head means of attention", total, sizeof(float));
-  if (bytes < capture_buffer_.bytes() / 4) capture_buffer_ = Buffer();
   capture_buffer_.reserve(bytes, "head means of attention");
   float* next = capture_buffer_.as<float>();
   for (size_t s = 0; s < in.sequences.size(); ++s) {
@@ -35,15 +35,18 @@ void Transformer::prepare_captures(const StepInput& in) {
 }
 
 void Transformer::find_importance(const StepInput& in) {
+  bool full = false;
   for (size_t s = 0; s < in.sequences.size(); ++s) {
     const auto& q = in.sequences[s];
     if (!q.importance) continue;
     const Stopwatch watch(work_[s].selection_seconds);
     importance_[s].resize(size_t(q.n_keys));
     const int64_t rows = q.row_end - q.row_begin, ld = capture_stride(q.n_keys);
+    full |= rows == q.n_keys;
     ops::rollout({captures_[s], rows * ld, ld, spec_.n_layers, in.positions.data() + q.row_begin, rows, q.n_keys,
                   importance_[s].data()});
   }
+  if (full) capture_buffer_ = Buffer();
 }
 
 void Transformer::choose_rows(const StepInput& in, int layer) {
