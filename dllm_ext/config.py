@@ -65,7 +65,8 @@ class DLLMCache:
             one least. 0 recomputes nothing and saves the comparison.
         always_refresh_layers: Layers, counted from 0, that recompute every position at every step.
         cfg_interval_steps: Steps from one evaluation of guidance's second pass to the next, at least 1; the first five
-            steps always have it, and in between the last difference of the logits is used. Needs cfg_scale.
+            steps always have it, and in between the last difference of the logits is used. Needs cfg_scale. Above 1 it
+            keeps 4 x vocab_size bytes per masked position.
     """
 
     name: typing.ClassVar[str] = "dllm"
@@ -84,15 +85,16 @@ class DLLMCache:
 class D2Cache:
     """Recompute the masked positions that will be decided next, and what attention leans on; the rest stays.
 
-    After the first step no step computes all positions. Source: d2Cache (arXiv 2509.23094). `cache="d2"` is
-    `D2Cache()`.
+    After the first step no step computes all positions. Attention of a step is kept until its end: 4 x n_layers x rows
+    x positions bytes, so for the first one 4 x n_layers x positions^2. Source: d2Cache (arXiv 2509.23094).
+    `cache="d2"` is `D2Cache()`.
 
     Attributes:
         rollout_p: Of the positions that nothing else asks for, those that hold this share of attention's importance
             (rollout over the layers) together are recomputed, in [0, 1]; always the first, and all of them at 1.
         current_k: Masked positions computed per step, at least 1, by the certainty of their neighbourhood.
         sigma: Width of that neighbourhood, in positions, above 0. Also the `sigma` of GenerationConfig where that is
-            None and no threshold, factor or gamma is given. "d2_sigma" on the command line and in native messages.
+            None and tokens are committed by number. "d2_sigma" on the command line and in native messages.
         inflate_w: Between two computed positions at most this far apart, those in the middle are computed as well; 0
             is off.
     """
@@ -150,11 +152,11 @@ class GenerationConfig:
             this (EB-sampler, arXiv 2505.24857).
         kl_threshold: Choose only among positions whose distribution moved by less than this, in nats of KL divergence,
             at each of the last kl_history_length times it was computed (KLASS, arXiv 2511.05664). Goes before
-            threshold or factor.
+            threshold or factor. Keeps 4 x vocab_size bytes per masked position.
         kl_history_length: How many times in a row kl_threshold looks at, 1 to 64 (KLASS).
         sigma: Prefer positions whose neighbourhood is decided: confidences are weighted by a Gaussian of this width,
             in positions, over what is known; 0 is off (d2Cache, arXiv 2509.23094). Default: the sigma of a d2 cache
-            where no threshold, factor or gamma is given, else off.
+            where steps or num_transfer_tokens alone decides how many tokens are committed, else off.
         token_frequencies: Weight confidences by how rare the token is in a corpus, so that frequent ones do not come
             first (PC-Sampler, arXiv 2508.13021).
         clip_alpha: Upper limit of confidences that token_frequencies weighted (PC-Sampler).
@@ -168,7 +170,7 @@ class GenerationConfig:
         stop_at_eos: Stop once everything before the first stop id is committed, and fill the rest with EOS
             (stop_until_eos in Kamichanw/d2Cache). False generates every position.
         seed: Of all randomness, 0 to 2**64 - 1. Equal seeds give equal tokens whatever the batch or the threads
-            (Philox, Salmon et al. 2011).
+            (Philox, Salmon et al. 2011); reference_quirks with a d2 cache is the one exception.
         cache: Which positions a step recomputes: "none"; "prefix" or "dual" (Fast-dLLM, arXiv 2505.22618); "dllm"
             (dLLM-Cache, arXiv 2506.06295); "d2" (d2Cache, arXiv 2509.23094). Or, with settings of their own, the
             objects NoCache(), PrefixCache(), DualCache(), DLLMCache(), D2Cache().

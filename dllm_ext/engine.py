@@ -180,7 +180,8 @@ class Engine:
         infill: fill the positions of the prompt that hold the mask token, too. Otherwise a mask token there is data.
         chat: whether a text is one user message of a chat (True), or taken as it stands (False). None: a chat if the
             model's files declare a chat template and infill is off. Some base models declare one as well: say False.
-        batch_size: sequences that run at a time, at least 1. No result depends on it.
+        batch_size: sequences that run at a time, at least 1. No result depends on it, but for reference_quirks with a
+            d2 cache.
         on_step: called after every step of every sequence with a StepEvent; returning False stops the whole call,
             which then raises Interrupted. What it raises comes out of generate().
 

@@ -186,7 +186,16 @@ def test_overflow_in_the_logits(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [{"cfg_scale": 1.0}, {"top_p": 0.9, "temperature": 1.0}, {"cache": "dual"}], ids=str
+    "options",
+    [
+        {"cfg_scale": 1.0},
+        {"top_p": 0.9, "temperature": 1.0},
+        {"cache": "dual"},
+        {"cache": "dllm"},
+        {"cache": "d2"},
+        {"kl_threshold": 0.1, "threshold": 0.9, "steps": None},
+    ],
+    ids=str,
 )
 def test_overflow_is_found_on_every_path(tmp_path, options):
     def edit(tensors):

@@ -133,6 +133,27 @@ def test_d2_computes_few_rows(family):
     assert all(n <= 8 for n in result.stats.logit_rows[1:])
 
 
+@pytest.mark.parametrize("cache", ["dllm", "d2"])
+def test_weights_that_are_not_needed_are_not_counted(cache):
+    """Bytes of weights: all of them where every layer computes rows, fewer where only V is compared."""
+    engine, prompt = pair_of("llada").engine, prompt_of("llada", 20)
+    o = Options(gen_length=12, block_length=12, cache=cache, kp=50, kr=50, rou=0.01, **ONE_PER_STEP)
+    (result,), _ = run_engine(engine, [prompt], o)
+    first, *later = result.stats.weight_bytes
+    for rows, read in zip(result.stats.layer_rows[1:], later, strict=True):
+        assert read == first if cache == "d2" else rows == 12 and read < 0.7 * first
+
+
+def test_the_default_threshold_is_the_explicit_one():
+    """A rule that is in force by default decides like one that is spelled out; a d2 cache then brings no sigma."""
+    engine, prompt = pair_of("llada").engine, prompt_of("llada", 8)
+    for cache in ("prefix", "d2"):
+        o = Options(gen_length=20, block_length=20, cache=cache, current_k=5)
+        (default,), _ = run_engine(engine, [prompt], o)
+        (spelled,), _ = run_engine(engine, [prompt], replace(o, threshold=0.9))
+        assert default.commit_steps == spelled.commit_steps and default.token_ids == spelled.token_ids
+
+
 def test_selection_time_is_counted():
     engine, prompt = pair_of("llada").engine, prompt_of("llada", 20)
     spent = {}
@@ -144,7 +165,7 @@ def test_selection_time_is_counted():
     assert min(spent["dllm"], spent["d2"]) > spent["none"]
 
 
-@pytest.mark.parametrize("sigma", [0.6, 10.0, 300.0])
+@pytest.mark.parametrize("sigma", [1e-170, 0.6, 10.0, 300.0, 1e300])
 @pytest.mark.parametrize("length", [1, 5, 64])
 def test_density_is_the_direct_sum(length, sigma):
     """numpy, the defining sum over three times the length; 1e-12, also relative where the density is tiny."""
@@ -152,7 +173,7 @@ def test_density_is_the_direct_sum(length, sigma):
     for share in (0.0, 0.3, 1.0):
         known = generator.random(length) < share
         padded = np.concatenate([np.ones(length), known, np.full(length, known[-1])])
-        phi = lambda d: np.exp(-(d.astype(float) ** 2) / (2 * sigma**2))  # noqa: E731
+        phi = lambda d: np.exp(-0.5 * np.minimum(np.abs(d) / sigma, 1e9) ** 2)  # noqa: E731
         at, j = np.arange(length), np.arange(-length, 2 * length)
         expected = (phi(at[:, None] - j) * padded).sum(1) / phi(np.arange(-3 * length, 3 * length)).sum()
         np.testing.assert_allclose(_C.decode.certainty_density(known.tolist(), sigma), expected, rtol=1e-12)

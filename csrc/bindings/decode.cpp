@@ -42,9 +42,5 @@ void bind_decode(py::module_& m) {
       .def("test", &Bitmap::test)
       .def("count", &Bitmap::count)
       .def("any", &Bitmap::any)
-      .def("members", [](const Bitmap& b) {
-        std::vector<int64_t> out;
-        b.for_each([&](int64_t i) { out.push_back(i); });
-        return out;
-      });
+      .def("members", &Bitmap::members);
 }

@@ -10,6 +10,7 @@
 
 #include "cache/d2_rows.h"
 #include "cache/policy.h"
+#include "decode/density.h"
 
 namespace dllm {
 
@@ -27,8 +28,7 @@ class D2CachePolicy final : public CachePolicy {
     for (int32_t p : committed_) rows.set(p);
     add_nucleus(importance_, config_.rollout_p, rows);
     inflate(config_.inflate_w, rows);
-    out.rows = members_of(rows);
-    out.is_full = int32_t(out.rows.size()) == view.length();
+    out.rows = rows.members();
   }
 
   void observe(const SequenceView& view, const StepOutcome& outcome) override {
@@ -53,7 +53,7 @@ class D2CachePolicy final : public CachePolicy {
       const int32_t end = end_of_block(view, candidates[k - 1]);
       std::erase_if(candidates, [&](int32_t p) { return p >= end; });
     }
-    const std::vector<double> density = density_of(view, config_.sigma);
+    const std::vector<double> density = certainty_density(view.editable, view.masked, config_.sigma);
     const auto in_block = [&](int32_t p) {
       return std::binary_search(view.block.positions.begin(), view.block.positions.end(), p);
     };

@@ -1,20 +1,9 @@
 #include "cache/d2_rows.h"
 
 #include <algorithm>
-
-#include "decode/density.h"
+#include <vector>
 
 namespace dllm {
-
-std::vector<double> density_of(const SequenceView& view, double sigma) {
-  int32_t first = 0;
-  while (first < view.length() && !view.editable.test(first)) ++first;
-  std::vector<uint8_t> known;
-  for (int32_t p = first; p < view.length(); ++p) known.push_back(!view.masked.test(p));
-  std::vector<double> density = certainty_density(known, sigma);
-  density.insert(density.begin(), size_t(first), 0.0);
-  return density;
-}
 
 void add_nucleus(std::span<const float> importance, double p, Bitmap& rows) {
   std::vector<int32_t> order;
@@ -28,7 +17,7 @@ void add_nucleus(std::span<const float> importance, double p, Bitmap& rows) {
                    [&](int32_t a, int32_t b) { return importance[size_t(a)] > importance[size_t(b)]; });
   double cumulated = 0;
   for (size_t k = 0; k < order.size(); ++k) {
-    cumulated += double(importance[size_t(order[k])]) / (total + 1e-9);
+    cumulated += double(importance[size_t(order[k])]) / total;
     if (k > 0 && p < 1 && cumulated > p) break;
     rows.set(order[k]);
   }
@@ -36,16 +25,10 @@ void add_nucleus(std::span<const float> importance, double p, Bitmap& rows) {
 
 void inflate(int64_t width, Bitmap& rows) {
   if (width == 0) return;
-  const std::vector<int32_t> members = members_of(rows);
+  const std::vector<int32_t> members = rows.members();
   for (size_t k = 1; k < members.size(); ++k)
     if (members[k] - members[k - 1] <= width)
       for (int32_t p = members[k - 1] + 1; p < members[k]; ++p) rows.set(p);
-}
-
-std::vector<int32_t> members_of(const Bitmap& rows) {
-  std::vector<int32_t> out;
-  rows.for_each([&](int64_t i) { out.push_back(int32_t(i)); });
-  return out;
 }
 
 }  // namespace dllm

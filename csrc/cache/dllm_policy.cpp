@@ -34,7 +34,6 @@ class DLLMCachePolicy final : public CachePolicy {
       prompt_after_first |= l > 0 && f.layers[l].prompt;
     }
     f.n_verify = config_.rou > 0 ? int64_t(config_.rou * double(view.editable.count())) : -1;
-    out.is_full = prompt && response;
 
     // Rows whose hidden state may be read, now or later.
     Bitmap read(view.length());

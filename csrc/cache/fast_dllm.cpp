@@ -29,7 +29,6 @@ class PrefixCache final : public CachePolicy {
     const int32_t begin = std::max(block.suffix_begin - shift_, out.rows.empty() ? 0 : out.rows.back() + 1);
     const int32_t end = view.length() - (leaves_last_row_ ? shift_ : 0);
     for (int32_t p = begin; p < end; ++p) out.rows.push_back(p);
-    out.is_full = int32_t(out.rows.size()) == view.length();
   }
 
  private:
@@ -46,7 +45,6 @@ class DualCache final : public CachePolicy {
     if (view.block.step == 0) return plan_everything(view.length(), out);
     out.rows.clear();
     for (int32_t p : view.block.positions) out.rows.push_back(p - shift_);
-    out.is_full = int32_t(out.rows.size()) == view.length();
   }
 
  private:

@@ -5,6 +5,8 @@
 namespace dllm {
 
 void CachePolicy::observe(const SequenceView&, const StepOutcome&) {}
+void CachePolicy::plan_together(std::span<CachePolicy* const>, std::span<StepPlan* const>) {}
+void CachePolicy::observe_together(std::span<CachePolicy* const>) {}
 
 std::unique_ptr<CachePolicy> make_cache_policy(const GenerationConfig& config, const ModelSpec& spec) {
   switch (config.cache) {
@@ -25,7 +27,6 @@ std::unique_ptr<CachePolicy> make_cache_policy(const GenerationConfig& config, c
 void plan_everything(int32_t length, StepPlan& out) {
   out.rows.resize(size_t(length));
   std::iota(out.rows.begin(), out.rows.end(), 0);
-  out.is_full = true;
 }
 
 namespace {

@@ -35,7 +35,6 @@ struct SequenceView {
 struct StepPlan {
   std::vector<int32_t> rows;  // positions to compute, ascending
   bool importance = false;    // the policy wants attention rollout in StepOutcome
-  bool is_full = false;       // after this step every cached value is fresh
   FeatureStep features;       // has layers only where a layer computes some of the rows (dLLM-Cache)
 };
 
@@ -43,15 +42,13 @@ struct StepPlan {
 struct StepOutcome {
   struct Score {
     int32_t position;
-    double certainty;  // decode/transfer.h; the bare confidence with reference_quirks
+    double certainty;  // decode/transfer.h
   };
   std::span<const Score> scores;         // of every masked position that was computed
   std::span<const int32_t> eligible;     // positions that could be committed, ascending
   std::span<const int32_t> committed;    // those that were, ascending
   std::span<const float> importance;     // [positions], where the plan asked for it
 };
-
-class BatchedRows;
 
 class CachePolicy {
  public:
@@ -62,24 +59,13 @@ class CachePolicy {
   virtual void plan(const SequenceView& view, int stream, StepPlan& out) = 0;
   // Told after the step's commits; `view` is the state after them, with the block of the step.
   virtual void observe(const SequenceView& view, const StepOutcome& outcome);
-  // True: logits are read for every masked position that a step computes, not only for the block's.
+  // True: the next step reads the logits of every masked position that it computes, not only of the block's.
   virtual bool wants_all_scores() const { return false; }
 
-  // Not null where sequences of a batch influence each other: the released d2Cache.
-  virtual BatchedRows* batched_rows() { return nullptr; }
-};
-
-// Batches of the released d2Cache: every sequence computes as many rows as the largest, chosen by scores that contain two
-// maxima over the batch.
-class BatchedRows {
- public:
-  virtual double highest_prior() const = 0;  // of the step just observed
-  virtual void set_batch_prior(double highest) = 0;
-  virtual double spare_importance(const StepPlan& plan) const = 0;  // highest among rows that are not in the plan
-  virtual void top_up(int64_t rows, double spare_importance, StepPlan& plan) const = 0;
-
- protected:
-  ~BatchedRows() = default;
+  // Sequences of one batch influence each other in the released d2Cache, and only there. Called on one policy of a step's
+  // sequences with all of them, after they have planned, and after they have observed.
+  virtual void plan_together(std::span<CachePolicy* const> batch, std::span<StepPlan* const> plans);
+  virtual void observe_together(std::span<CachePolicy* const> batch);
 };
 
 std::unique_ptr<CachePolicy> make_cache_policy(const GenerationConfig& config, const ModelSpec& spec);

@@ -116,8 +116,8 @@ TransferRule GenerationConfig::rule() const {
 
 double GenerationConfig::prior_sigma() const {
   if (sigma) return *sigma;
-  const bool own = cache == CacheKind::D2 && !threshold && !factor && !gamma && !autoregressive;
-  return own && remasking != Remasking::Origin ? d2.sigma : 0.0;
+  const bool counts = rule() == TransferRule::Steps || rule() == TransferRule::Count;
+  return cache == CacheKind::D2 && counts && !autoregressive && remasking != Remasking::Origin ? d2.sigma : 0.0;
 }
 
 void GenerationConfig::validate() const {

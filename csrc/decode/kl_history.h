@@ -20,6 +20,7 @@ class KlHistory {
   void update(int32_t position, const float* logits, int64_t vocab, double log_sum_exp);
 
   bool stable(int32_t position, double threshold) const;
+  void forget(int32_t position) { tracks_[size_t(position)] = {}; }
 
  private:
   struct Track {

@@ -129,7 +129,7 @@ ops::RowStatsParams stats_params(const GenerationConfig& c, const ModelSpec& spe
 }
 
 double certainty(const GenerationConfig& c, double confidence) {
-  return c.remasking == Remasking::Entropy ? std::exp(confidence) : confidence;
+  return c.remasking == Remasking::Entropy && !c.reference_quirks ? std::exp(confidence) : confidence;
 }
 
 Proposal propose(const GenerationConfig& c, const ModelSpec& spec, int32_t position, uint32_t step,
@@ -163,7 +163,7 @@ Proposal propose(const GenerationConfig& c, const ModelSpec& spec, int32_t posit
   if (debias && c.reference_quirks) confidence = debiased(confidence);
   double score = confidence;
   if (c.has_score_transform()) {
-    if (!c.reference_quirks) score = certainty(c, confidence);
+    score = certainty(c, confidence);
     if (debias && !c.reference_quirks) score = debiased(score);
     score *= context.density * std::exp(-c.position_decay * context.from_block_start);
   }

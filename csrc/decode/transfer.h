@@ -35,7 +35,8 @@ struct ScoreContext {
   int32_t from_block_start = 0;
 };
 
-// The confidence as a number that orders positions and may be multiplied: exp(-H) for negative entropies.
+// The confidence as a number that orders positions and may be multiplied: exp(-H) for negative entropies (as they are, with
+// reference_quirks).
 double certainty(const GenerationConfig& config, double confidence);
 
 // x0, its confidence and its score from a row's statistics.

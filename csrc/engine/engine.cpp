@@ -1,6 +1,7 @@
 #include "engine/engine.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "decode/filters.h"
 #include "runtime/error.h"
@@ -61,23 +62,6 @@ void check_quirks(const std::vector<std::vector<int32_t>>& prompts, const Genera
                         prompts[i].size(), " tokens and prompt 0 has ", prompts[0].size(), "; use batch_size = 1");
 }
 
-// Batches of the released d2Cache: rows are filled up to the largest sequence's.
-void top_up(const std::vector<Sequence*>& active) {
-  size_t rows = 0;
-  double importance = 0;
-  for (Sequence* s : active) {
-    rows = std::max(rows, s->plan().rows.size());
-    importance = std::max(importance, s->batched_rows()->spare_importance(s->plan()));
-  }
-  for (Sequence* s : active) s->batched_rows()->top_up(int64_t(rows), importance, s->plan());
-}
-
-void share_priors(const std::vector<Sequence*>& active) {
-  double highest = active[0]->batched_rows()->highest_prior();
-  for (Sequence* s : active) highest = std::max(highest, s->batched_rows()->highest_prior());
-  for (Sequence* s : active) s->batched_rows()->set_batch_prior(highest);
-}
-
 // The statistics pass over rows that are already filtered.
 ops::RowStatsParams filtered_params(const GenerationConfig& config, const ModelSpec& spec) {
   ops::RowStatsParams p = stats_params(config, spec);
@@ -133,9 +117,13 @@ void Engine::step(const std::vector<Sequence*>& active, const GenerationConfig& 
   if (options.interrupt && *options.interrupt) fail<Interrupted>("generation was interrupted");
   const auto begin = Clock::now();
   input_.clear();
-  for (Sequence* s : active) s->plan_step();
-  const bool batched = active[0]->batched_rows() && active.size() > 1;
-  if (batched) top_up(active);
+  std::vector<CachePolicy*> policies;
+  std::vector<StepPlan*> plans;
+  for (Sequence* s : active) {
+    plans.push_back(&s->plan_step());
+    policies.push_back(&s->policy());
+  }
+  policies[0]->plan_together(policies, plans);
   for (Sequence* s : active) s->append_rows(input_);
   evaluate(active, config);
   const double seconds = std::chrono::duration<double>(Clock::now() - begin).count();
@@ -164,7 +152,7 @@ void Engine::step(const std::vector<Sequence*>& active, const GenerationConfig& 
     blanks += s->blanks().size();
     if (options.on_step && !options.on_step(event)) fail<Interrupted>("on_step asked to stop the generation");
   }
-  if (batched) share_priors(active);
+  policies[0]->observe_together(policies);
 }
 
 // Statistics of every active sequence's reads, in order, then of its blanks.
@@ -217,15 +205,24 @@ void Engine::fill_blanks(const std::vector<Sequence*>& active, const GenerationC
   for (Sequence* s : active)
     for (int32_t p : s->blanks()) {
       const NoiseKey key = s->key(p);
-      ops::row_stats(row.data(), 1, spec_.vocab_size, spec_.vocab_size, params, &key, &blank_stats_.emplace_back());
-      s->note_distribution(p, row.data(), blank_stats_.back().log_sum_exp);
+      ops::RowStats stats;
+      if (blank_stats_.empty() || config.temperature > 0)
+        ops::row_stats(row.data(), 1, spec_.vocab_size, spec_.vocab_size, params, &key, &stats);
+      else
+        stats = blank_stats_.back();  // without noise they are all alike
+      blank_stats_.push_back(stats);
+      s->note_distribution(p, row.data(), stats.log_sum_exp);
     }
 }
 
-// A NaN or an infinity must not be decoded as if it were an answer. The failed step is run once more with checks between
-// the layers: the rows it writes are the same, so this finds where it began.
+// A NaN or an infinity must not be decoded as if it were an answer, nor choose rows. The failed step is run once more with
+// checks between the layers, to find where it began: the rows it writes hold the same values, or, where kept values are
+// compared (dLLM-Cache), values that are not finite either.
 void Engine::require_finite(const std::vector<Sequence*>& active) {
-  const bool ok = std::all_of(stats_.begin(), stats_.end(), [](const ops::RowStats& s) { return s.finite; });
+  bool ok = std::all_of(stats_.begin(), stats_.end(), [](const ops::RowStats& s) { return s.finite; });
+  for (size_t i = 0; i < input_.sequences.size(); ++i)
+    if (input_.sequences[i].importance)
+      for (float c : transformer_.importance(i)) ok = ok && std::isfinite(c);
   if (ok) return;
   const std::string where = "at step " + std::to_string(active[0]->step()) + ": ";
   try {

@@ -22,7 +22,7 @@ namespace dllm {
 
 struct GenerateOptions {
   bool infill = false;     // prompt positions that hold the mask id are to be filled
-  int64_t batch_size = 8;  // sequences that run at a time; no result depends on it
+  int64_t batch_size = 8;  // sequences that run at a time; no result depends on it (but with reference_quirks and d2)
   StepCallback on_step;
   const std::atomic<bool>* interrupt = nullptr;  // polled before every step
 };

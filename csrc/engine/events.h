@@ -14,7 +14,7 @@ struct StepEvent {
   std::vector<int32_t> positions;  // committed by this step, absolute, ascending
   std::vector<int32_t> token_ids;
   int64_t rows;  // computed for this sequence
-  bool is_full;  // every position was computed: every cached value is fresh
+  bool is_full;  // every layer computed every position: every cached value is fresh
 };
 
 // Returns false to stop the whole generate() call, which then throws Interrupted.

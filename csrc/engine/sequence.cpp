@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "cache/d2_rows.h"
+#include "decode/density.h"
 #include "decode/filters.h"
 #include "runtime/stopwatch.h"
 
@@ -83,7 +83,7 @@ bool Sequence::is_computed(int32_t position) const {
   return std::binary_search(rows.begin(), rows.end(), position - spec_.logit_shift);
 }
 
-void Sequence::plan_step() {
+StepPlan& Sequence::plan_step() {
   selection_seconds_ = 0;
   const Stopwatch watch(selection_seconds_);
   // dLLM-Cache keeps the guidance difference; its released code evaluates it at the first five steps too.
@@ -91,7 +91,17 @@ void Sequence::plan_step() {
   const bool guided = at_.step < 5 || at_.step % interval == 0;
   evaluated_ = guided ? int64_t(streams_.size()) : 1;
   for (int64_t i = 0; i < evaluated_; ++i) policy_->plan(view(), int(i), streams_[size_t(i)].plan);
-  if (config_.prior_sigma() > 0) density_ = density_of(view(), config_.prior_sigma());
+  if (config_.prior_sigma() > 0) density_ = certainty_density(canvas_.editable, canvas_.masked, config_.prior_sigma());
+  return streams_[0].plan;
+}
+
+bool Sequence::computes_everything() const {
+  const StepPlan& plan = streams_[0].plan;
+  const FeatureStep& f = plan.features;
+  return int32_t(plan.rows.size()) == canvas_.length() &&
+         std::all_of(f.layers.begin(), f.layers.end(), [&](const FeatureStep::Refresh& r) {
+           return (r.prompt || f.prompt_rows.empty()) && (r.response || f.response_rows.empty());
+         });
 }
 
 void Sequence::append_rows(StepInput& in) {
@@ -101,7 +111,7 @@ void Sequence::append_rows(StepInput& in) {
   const auto read = [&](int32_t p) {
     if (is_computed(p))
       reads_.push_back(p);
-    else if (config_.reference_quirks)
+    else if (config_.reference_quirks && (history_ || std::binary_search(eligible_.begin(), eligible_.end(), p)))
       blanks_.push_back(p);
   };
   if (all)
@@ -174,24 +184,22 @@ void Sequence::commit(const ops::RowStats* reads, const ops::RowStats* blanks, s
   std::erase_if(proposals,
                 [&](const Proposal& p) { return !std::binary_search(eligible_.begin(), eligible_.end(), p.position); });
 
-  const StepPlan& plan = streams_[0].plan;
-  event = {index_, int64_t(at_.step), block_, {}, {}, int64_t(plan.rows.size()), plan.is_full};
+  event = {index_, int64_t(at_.step), block_, {}, {}, int64_t(streams_[0].plan.rows.size()), computes_everything()};
   for (int32_t i : select_transfers(config_, at_, proposals)) {
     const Proposal& p = proposals[size_t(i)];
     canvas_.tokens[size_t(p.position)] = p.token;
     canvas_.masked.reset(p.position);
     commit_step_[size_t(p.position)] = int64_t(at_.step);
     note_stop(p.position, p.token);
+    if (history_) history_->forget(p.position);
+    if (!guidance_.empty()) guidance_[size_t(p.position)] = {};
     event.positions.push_back(p.position);
     event.token_ids.push_back(p.token);
   }
-  if (policy_->wants_all_scores()) {
-    const Stopwatch watch(selection_seconds_);
-    std::vector<StepOutcome::Score> scores;
-    for (const Proposal& p : computed)
-      scores.push_back({p.position, config_.reference_quirks ? p.confidence : certainty(config_, p.confidence)});
-    policy_->observe(view(), {scores, eligible_, event.positions, importance});
-  }
+  std::vector<StepOutcome::Score> scores;
+  if (policy_->wants_all_scores())
+    for (const Proposal& p : computed) scores.push_back({p.position, certainty(config_, p.confidence)});
+  policy_->observe(view(), {scores, eligible_, event.positions, importance});
   counters.selection_seconds += selection_seconds_;
   counters.commits = int64_t(event.positions.size());
   result_.steps.push_back(counters);

@@ -1,5 +1,5 @@
 // One sequence on its way from prompt to result: canvas, block, cache and counters. The loop (engine.cpp) packs the rows
-// of all running sequences into one step; nothing here knows of the others, which is why a batch changes no result.
+// of all running sequences into one step; nothing here knows of the others, which is why a batch changes no result (but for CachePolicy::plan_together).
 #pragma once
 
 #include <chrono>
@@ -29,11 +29,12 @@ class Sequence {
   int64_t block() const { return block_; }
   int64_t step() const { return at_.step; }
 
-  // Plans the step: rows of every stream (with guidance two, the second without the prompt), and which logits it reads.
-  void plan_step();
-  StepPlan& plan() { return streams_[0].plan; }
-  BatchedRows* batched_rows() { return policy_->batched_rows(); }
-  // Appends the planned rows, and to out_rows those of reads(), once per evaluated stream.
+  // Plans the step: rows of every stream (with guidance two, the second without the prompt). The first one's plan may be
+  // changed before append_rows (CachePolicy::plan_together).
+  StepPlan& plan_step();
+  CachePolicy& policy() { return *policy_; }
+  // Appends the planned rows, decides which logits the step reads, and appends reads()'s rows to out_rows, once per
+  // evaluated stream.
   void append_rows(StepInput& in);
 
   // Positions whose logits the step reads; `blanks` are read without having been computed (reference_quirks).
@@ -65,6 +66,7 @@ class Sequence {
   void note_stop(int32_t position, int32_t token);
   SequenceView view() const;
   bool is_computed(int32_t position) const;
+  bool computes_everything() const;
   std::vector<Proposal> propose_all(std::span<const int32_t> positions, const ops::RowStats* stats) const;
 
   int64_t index_;

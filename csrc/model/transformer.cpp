@@ -78,6 +78,7 @@ void Transformer::prepare(const StepInput& in) {
   const size_t n_seq = in.sequences.size();
   const DType t = weights_.dtype;
   int64_t keys = 0;
+  weight_bytes_ = 0;
   keeps_features_ = wants_importance_ = false;
   for (const auto& s : in.sequences) {
     keys = std::max(keys, s.n_keys);
@@ -100,6 +101,8 @@ void Transformer::qkv(const StepInput& in, int layer) {
   const LayerWeights& w = weights_.layers[size_t(layer)];
   const DType t = weights_.dtype;
   const int64_t n = int64_t(live_.size());
+  if (n == 0) return;
+  weight_bytes_ += int64_t(w.projection_bytes());
   ops::rms_norm({static_cast<const float*>(x_.data), n, spec_.d_model, x_.ld, w.attn_norm.as<float>(), spec_.norm_eps,
                  h_.data, h_.ld, t, live_.data()});
   const int64_t columns = spec_.q_columns() + 2 * spec_.kv_columns();
@@ -164,6 +167,7 @@ void Transformer::mlp(const StepInput& in, int layer) {
   const DType t = weights_.dtype;
   const int64_t n = int64_t(live_.size());
   if (n == 0) return;
+  weight_bytes_ += int64_t(w.mlp_bytes());
   add_to_stream(in, layer, w.attn_out, attn_.data, attn_.ld, 0, n, &LayerFeatures::attention);
   ops::rms_norm({static_cast<const float*>(x_.data), n, spec_.d_model, x_.ld, w.ffn_norm.as<float>(), spec_.norm_eps,
                  h_.data, h_.ld, t, live_.data()});
@@ -202,10 +206,12 @@ void Transformer::require_finite(int layer) const {
 }
 
 void Transformer::row_stats(const ops::RowStatsParams& params, const NoiseKey* keys, ops::RowStats* out) {
+  if (out_rows_ > 0) weight_bytes_ += int64_t(weights_.head_bytes());
   ops::lm_head_stats(weights_.head, h_.data, out_rows_, h_.ld, params, keys, out, stats_buffer_);
 }
 
 float* Transformer::logits(int64_t& ld) {
+  if (out_rows_ > 0) weight_bytes_ += int64_t(weights_.head_bytes());
   const Rows y = scratch(logits_buffer_, out_rows_, spec_.vocab_size, DType::F32, "logits");
   ops::linear({&weights_.head, h_.data, out_rows_, h_.ld, y.data, y.ld, DType::F32, ops::Epilogue::Store});
   ld = y.ld;

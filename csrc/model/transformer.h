@@ -23,7 +23,8 @@ namespace dllm {
 struct StepWork {
   int64_t layer_rows = 0;  // rows whose q, k, v were computed, summed over layers
   int64_t verify_rows = 0;  // rows of which only v was, summed over layers
-  int64_t attention_pairs = 0;  // query rows x keys, summed over layers; the last one has out_rows queries only
+  // Query rows x keys, summed over layers. In the last one only rows that go on are queries, but rollout wants all.
+  int64_t attention_pairs = 0;
   double selection_seconds = 0;  // in rollout, or in similarities and their order
 };
 
@@ -43,7 +44,8 @@ class Transformer {
   // Of the last forward: attention rollout of sequence s [n_keys], where it was asked for; work of every sequence.
   std::span<const float> importance(size_t s) const { return importance_[s]; }
   const StepWork& work(size_t s) const { return work_[s]; }
-  int64_t weight_bytes() const { return int64_t(weights_.layer_bytes() + weights_.head_bytes()); }
+  // Packed weights read by the last forward and what was asked of its rows; a layer that computes no row reads none.
+  int64_t weight_bytes() const { return weight_bytes_; }
 
  private:
   struct Rows {  // a matrix in scratch memory
@@ -75,8 +77,11 @@ class Transformer {
   // Scratch, reused from step to step. x_ has a row for every row of the step; the others have one for each of live_, the
   // rows (of x_) that the layer at hand computes.
   int64_t rows_ = 0, out_rows_ = 0;
-  bool keeps_features_ = false, wants_importance_ = false;  // of the step's sequences: all or none
-  std::vector<int32_t> live_, live_positions_, live_slab_;
+  int64_t weight_bytes_ = 0;
+  bool keeps_features_ = false;  // of the step's sequences: all or none
+  bool wants_importance_ = false;  // at least one does
+  std::vector<int32_t> live_, live_positions_;
+  std::vector<int32_t> live_slab_;  // index of the row's sequence; for the KV write only
   std::vector<std::vector<int32_t>> resting_;  // per sequence, rows (of x_) that get kept features instead
   std::vector<ops::AttentionSequence> sequences_;  // row ranges are in live_
   std::vector<ops::KvSlab> layer_slabs_;

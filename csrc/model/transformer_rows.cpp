@@ -15,8 +15,8 @@ namespace dllm {
 
 int64_t Transformer::capture_stride(int64_t keys) { return (keys + 15) / 16 * 16; }
 
-// Head means of every layer, [n_layers][rows][keys] per sequence. Only a full pass needs much memory; find_importance gives
-// it back.
+// Head means of every layer, [n_layers][rows][keys] per sequence. Only a full pass needs much memory; it is given back when
+// the next step needs far less.
 void Transformer::prepare_captures(const StepInput& in) {
   captures_.assign(in.sequences.size(), nullptr);
   importance_.resize(in.sequences.size());
@@ -26,6 +26,7 @@ void Transformer::prepare_captures(const StepInput& in) {
   size_t total = 0;
   for (const auto& s : in.sequences) total += elements(s);
   const size_t bytes = checked_bytes("head means of attention", total, sizeof(float));
+  if (bytes < capture_buffer_.bytes() / 4) capture_buffer_ = Buffer();
   capture_buffer_.reserve(bytes, "head means of attention");
   float* next = capture_buffer_.as<float>();
   for (size_t s = 0; s < in.sequences.size(); ++s) {
@@ -35,18 +36,15 @@ void Transformer::prepare_captures(const StepInput& in) {
 }
 
 void Transformer::find_importance(const StepInput& in) {
-  bool full = false;
   for (size_t s = 0; s < in.sequences.size(); ++s) {
     const auto& q = in.sequences[s];
     if (!q.importance) continue;
     const Stopwatch watch(work_[s].selection_seconds);
     importance_[s].resize(size_t(q.n_keys));
     const int64_t rows = q.row_end - q.row_begin, ld = capture_stride(q.n_keys);
-    full |= rows == q.n_keys;
     ops::rollout({captures_[s], rows * ld, ld, spec_.n_layers, in.positions.data() + q.row_begin, rows, q.n_keys,
                   importance_[s].data()});
   }
-  if (full) capture_buffer_ = Buffer();
 }
 
 void Transformer::choose_rows(const StepInput& in, int layer) {
@@ -102,6 +100,8 @@ std::vector<int32_t> Transformer::least_similar(const StepInput& in, size_t s, i
   }
   // The panels of the fused projection that hold V; the first may begin with columns of K.
   const int64_t first_column = spec_.q_columns() + spec_.kv_columns(), panel = first_column / ops::kPanel;
+  const int64_t panels = w.qkv.panels();
+  weight_bytes_ += int64_t(w.attn_norm.bytes() + w.qkv.bytes() * size_t(panels - panel) / size_t(panels));
   const Rows v = scratch(value_buffer_, n, w.qkv.n - panel * ops::kPanel, DType::F32, "values");
   ops::rms_norm({static_cast<const float*>(x_.data), n, spec_.d_model, x_.ld, w.attn_norm.as<float>(), spec_.norm_eps,
                  h_.data, h_.ld, weights_.dtype, rows.data()});

@@ -10,8 +10,6 @@ namespace dllm {
 
 namespace {
 
-size_t bytes_of(const ops::PackedLinear& l) { return l.weight.bytes() + l.bias.bytes(); }
-
 class Loader {
  public:
   Loader(const ModelSpec& spec, const Checkpoint& ckpt, DType dtype, const LoadProgress& progress)
@@ -133,9 +131,7 @@ class Loader {
 
 size_t Weights::layer_bytes() const {
   size_t n = 0;
-  for (const LayerWeights& l : layers)
-    n += l.attn_norm.bytes() + bytes_of(l.qkv) + bytes_of(l.attn_out) + l.ffn_norm.bytes() + bytes_of(l.gate_up) +
-         bytes_of(l.down);
+  for (const LayerWeights& l : layers) n += l.projection_bytes() + l.mlp_bytes();
   return n;
 }
 

@@ -20,6 +20,10 @@ struct LayerWeights {
   Buffer ffn_norm;  // fp32 [d]
   ops::PackedLinear gate_up;  // [2 mlp, d], interleaved
   ops::PackedLinear down;  // [d, mlp]
+
+  size_t projection_bytes() const { return attn_norm.bytes() + qkv.bytes(); }
+  // What follows attention: its output projection and the MLP.
+  size_t mlp_bytes() const { return attn_out.bytes() + ffn_norm.bytes() + gate_up.bytes() + down.bytes(); }
 };
 
 struct Weights {

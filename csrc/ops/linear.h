@@ -26,6 +26,7 @@ struct PackedLinear {
   Buffer bias;  // fp32 [n padded], or empty
 
   int64_t panels() const { return (n + kPanel - 1) / kPanel; }
+  size_t bytes() const { return weight.bytes() + bias.bytes(); }
   int64_t k_padded() const { return dtype == DType::BF16 ? (k + 1) / 2 * 2 : k; }
 };
 

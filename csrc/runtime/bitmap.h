@@ -27,6 +27,11 @@ class Bitmap {
       if (w) return true;
     return false;
   }
+  std::vector<int32_t> members() const {  // ascending
+    std::vector<int32_t> out;
+    for_each([&](int64_t i) { out.push_back(int32_t(i)); });
+    return out;
+  }
   // f(i) for every member, ascending.
   template <class F>
   void for_each(F&& f) const {

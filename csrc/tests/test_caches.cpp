@@ -88,13 +88,13 @@ TEST(nucleus_stops_before_its_share_is_exceeded) {
   importance[50] = 0.05f, importance[3] = 0.04f, importance[77] = 0.03f;
   Bitmap rows(97);
   add_nucleus(importance, 0.1, rows);
-  CHECK_EQ(join(members_of(rows)), "3 50");
+  CHECK_EQ(join(rows.members()), "3 50");
   rows = Bitmap(97);
   add_nucleus(importance, 0.0, rows);
-  CHECK_EQ(join(members_of(rows)), "50");
+  CHECK_EQ(join(rows.members()), "50");
   rows = set_of(97, {50});  // what is there already has no part in it
   add_nucleus(importance, 0.0, rows);
-  CHECK_EQ(join(members_of(rows)), "3 50");
+  CHECK_EQ(join(rows.members()), "3 50");
   add_nucleus(importance, 1.0, rows);
   CHECK_EQ(rows.count(), 97);
 }
@@ -102,7 +102,7 @@ TEST(nucleus_stops_before_its_share_is_exceeded) {
 TEST(inflation_fills_narrow_gaps) {
   Bitmap rows = set_of(20, {2, 6, 11, 12, 19});
   inflate(4, rows);
-  CHECK_EQ(join(members_of(rows)), "2 3 4 5 6 11 12 19");
+  CHECK_EQ(join(rows.members()), "2 3 4 5 6 11 12 19");
   inflate(0, rows);
   CHECK_EQ(rows.count(), 8);
 }

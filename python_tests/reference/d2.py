@@ -28,25 +28,12 @@ def importance(rows, probabilities, length):
 def nucleus(c, others, p, decisions):
     """Of the positions `others`, by falling importance, those whose cumulated share stays <= p, and the first.
 
-    c: fp64 [T]. Ties: lowest position.
+    c: fp64 [T]. Ties: lowest position. All for p = 1.
     """
     if p >= 1:
         return list(others)
     order = sorted(others, key=lambda j: (-float(c[j]), j))
-    share = c[order].cumsum(0) / c[order].sum()
-    return cut(order, share.tolist(), c, p, decisions)
-
-
-def nucleus_released(c, others, p, decisions):
-    """The same as the released code computes it: fp32 sums, nothing special at p = 1."""
-    order = sorted(others, key=lambda j: (-float(c[j]), j))
-    narrow = c[order].float()
-    share = (narrow / (narrow.sum() + 1e-9)).cumsum(0)
-    return cut(order, share.tolist(), c, p, decisions)
-
-
-def cut(order, share, c, p, decisions):
-    """The leading positions of `order` with share <= p, at least one (if there is one)."""
+    share = (c[order].cumsum(0) / c[order].sum()).tolist()
     n = min(len(order), max(1, sum(x <= p for x in share)))
     for x in share[1 : n + 1]:  # the first is taken anyway
         decisions.note("nucleus", abs(x - p))
@@ -147,7 +134,7 @@ class D2Planner:
         if self.shift:
             rows.discard(before)
         others = [j for j in range(self.total) if j not in rows]
-        rows |= set(nucleus_released(self.importance, others, self.o.rollout_p, self.decisions))
+        rows |= set(nucleus(self.importance, others, self.o.rollout_p, self.decisions))
         if self.shift:
             rows.discard(before)
             rows |= {before} if self.first in chosen else set()

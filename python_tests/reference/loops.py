@@ -96,8 +96,8 @@ class Options:
         """The sigma of the decoding order in force, 0 for none."""
         if self.sigma is not None:
             return self.sigma
-        given = self.threshold, self.factor, self.gamma
-        return self.d2_sigma if self.cache == "d2" and not self.autoregressive and given == (None,) * 3 else 0.0
+        counted = self.tau is None and self.factor is None and self.gamma is None
+        return self.d2_sigma if self.cache == "d2" and counted and not self.autoregressive else 0.0
 
 
 @dataclass
