@@ -93,7 +93,7 @@ def table(engine, prompt, args):
                 "ms": 1e3 * statistics.median(sum(s.seconds) / steps for s in stats),
                 "ms_cached": 1e3 * statistics.median(later) if later else None,
                 "selection": statistics.median(selection),
-                "tokens_per_second": statistics.median(args.gen_length / s.seconds_total for s in stats),
+                "tokens_per_second": statistics.median(steps / sum(s.seconds) for s in stats),  # one per step
             }
         )
     return out

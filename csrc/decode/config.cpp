@@ -126,7 +126,8 @@ void GenerationConfig::validate() const {
   require(block_length >= 1 && block_length <= kMaxLength, "block_length", block_length, "between 1 and 16777216");
   if (num_transfer_tokens)
     require(*num_transfer_tokens >= 1, "num_transfer_tokens", *num_transfer_tokens, "at least 1");
-  require(temperature >= 0 && std::isfinite(temperature), "temperature", temperature, "0 or a positive number");
+  require(temperature == 0 || (float(temperature) > 0 && std::isfinite(float(temperature))), "temperature", temperature,
+          "0 or a positive number of fp32");
   if (top_p) require(*top_p > 0 && *top_p <= 1, "top_p", *top_p, "in (0, 1]");
   if (top_k) require(*top_k >= 1, "top_k", *top_k, "at least 1");
   require(eps > 0 && eps < 1, "eps", eps, "in (0, 1)");
@@ -153,7 +154,7 @@ void GenerationConfig::validate() const {
   require(d2.current_k >= 1, "current_k", d2.current_k, "at least 1");
   require(d2.sigma > 0 && std::isfinite(d2.sigma), "d2_sigma", d2.sigma, "a positive number");
   require(d2.inflate_w >= 0, "inflate_w", d2.inflate_w, "0 or more");
-  require(cfg_scale >= 0 && std::isfinite(cfg_scale), "cfg_scale", cfg_scale, "0 or a positive number");
+  require(cfg_scale >= 0 && cfg_scale <= 1e6, "cfg_scale", cfg_scale, "in [0, 1000000]");
   for (const IllegalCombination& i : kIllegal)
     if (i.applies(*this)) fail<ConfigError>(i.what, " is not allowed: ", i.why);
   if (steps) {

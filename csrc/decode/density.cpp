@@ -4,6 +4,15 @@
 
 namespace dllm {
 
+namespace {
+// Positions that lie alike, left and right in a gap, get sums that differ in their last bits only: they are to tie.
+double keep_40_bits(double x) {
+  int exponent = 0;
+  const double mantissa = std::frexp(x, &exponent);
+  return std::ldexp(std::nearbyint(std::ldexp(mantissa, 40)), exponent - 40);
+}
+}  // namespace
+
 std::vector<double> certainty_density(std::span<const uint8_t> known, double sigma) {
   const int64_t n = int64_t(known.size());
   std::vector<double> phi(size_t(3 * n + 1)), tail(size_t(3 * n + 2));
@@ -26,7 +35,7 @@ std::vector<double> certainty_density(std::span<const uint8_t> known, double sig
     for (int64_t i = 0; i < j; ++i) density[size_t(i)] += phi[size_t(j - i)];
     for (int64_t i = j; i < n; ++i) density[size_t(i)] += phi[size_t(i - j)];
   }
-  for (double& d : density) d /= all;
+  for (double& d : density) d = keep_40_bits(d / all);
   return density;
 }
 

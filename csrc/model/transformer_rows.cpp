@@ -15,8 +15,10 @@ namespace dllm {
 
 int64_t Transformer::capture_stride(int64_t keys) { return (keys + 15) / 16 * 16; }
 
-// Head means of every layer, [n_layers][rows][keys] per sequence. Only a full pass needs much memory; it is given back when
-// the next step needs far less.
+// Head means of every layer, [n_layers][rows][keys] per sequence. Only a full pass over a long canvas needs much; that is
+// not kept for the next step.
+constexpr size_t kKeptCaptureBytes = size_t(64) << 20;
+
 void Transformer::prepare_captures(const StepInput& in) {
   captures_.assign(in.sequences.size(), nullptr);
   importance_.resize(in.sequences.size());
@@ -26,7 +28,6 @@ void Transformer::prepare_captures(const StepInput& in) {
   size_t total = 0;
   for (const auto& s : in.sequences) total += elements(s);
   const size_t bytes = checked_bytes("head means of attention", total, sizeof(float));
-  if (bytes < capture_buffer_.bytes() / 4) capture_buffer_ = Buffer();
   capture_buffer_.reserve(bytes, "head means of attention");
   float* next = capture_buffer_.as<float>();
   for (size_t s = 0; s < in.sequences.size(); ++s) {
@@ -45,6 +46,7 @@ void Transformer::find_importance(const StepInput& in) {
     ops::rollout({captures_[s], rows * ld, ld, spec_.n_layers, in.positions.data() + q.row_begin, rows, q.n_keys,
                   importance_[s].data()});
   }
+  if (capture_buffer_.bytes() > kKeptCaptureBytes) capture_buffer_ = Buffer();
 }
 
 void Transformer::choose_rows(const StepInput& in, int layer) {

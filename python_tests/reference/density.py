@@ -11,7 +11,7 @@ def density(known, sigma):
         D_i = sum_{j=-L}^{2L-1} phi(i - j) known*(j)  /  sum_{d=-3L}^{3L-1} phi(d),    phi(d) = exp(-d^2 / (2 sigma^2))
 
     known* continues `known` by L positions on either side, as Kamichanw/d2Cache does: true on the left (the prompt),
-    on the right a copy of the last entry.
+    on the right a copy of the last entry. Rounded to 40 bits: equal sums in another order are to be equal.
     """
 
     def phi(d):
@@ -22,7 +22,8 @@ def density(known, sigma):
     extended = np.concatenate([np.ones(size), known, np.full(size, known[-1])])
     i = np.arange(size)[:, None]
     j = np.arange(-size, 2 * size)[None, :]
-    return (phi(i - j) * extended).sum(-1) / phi(np.arange(-3 * size, 3 * size)).sum()
+    mantissa, exponent = np.frexp((phi(i - j) * extended).sum(-1) / phi(np.arange(-3 * size, 3 * size)).sum())
+    return np.ldexp(np.rint(np.ldexp(mantissa, 40)), exponent - 40)
 
 
 def certainty(confidence, entropy, o):
