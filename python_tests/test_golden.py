@@ -10,22 +10,13 @@ Where the released code departs from the rule that this project documents, the c
 what the rule gives in "documented". Those cases are listed here by name, so that none is added unnoticed.
 """
 
-import functools
-import json
-from pathlib import Path
-
-import golden_models
 import pytest
+from golden_files import Recordings
 from reference.loops import Options
 from reference.loops import generate as reference_generate
-from reference.model import ReferenceModel
 
-from dllm_ext import Engine
-
-FILES = ("dream", "fast_dllm_dream", "fast_dllm_llada", "llada")  # test_golden_caches.py has the others
-DATA = [json.loads((Path(__file__).parent / "golden" / f"{name}.json").read_text()) for name in FILES]
-CASES = {case["id"]: case for data in DATA for case in data["cases"]}
-MODELS = {name: model for data in DATA for name, model in data["models"].items()}
+RECORDED = Recordings("dream", "fast_dllm_dream", "fast_dllm_llada", "llada")
+CASES = RECORDED.cases
 
 # Cases in which the original does something else, and what of the result that changes.
 KNOWN_DIFFERENCES = {
@@ -51,45 +42,8 @@ KNOWN_DIFFERENCES = {
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(scope="module")
-def folder_of(tmp_path_factory):
-    """Model name -> checkpoint folder, written once."""
-    folders = {}
-
-    def get(name):
-        if name not in folders:
-            model = MODELS[name]
-            named_arrays = golden_models.weights(model["config"], model["seed"])
-            folders[name] = golden_models.write_folder(tmp_path_factory.mktemp(name), model["config"], named_arrays)
-        return folders[name]
-
-    return get
-
-
-@pytest.fixture(scope="module")
-def engine_of(folder_of):
-    """Model name -> fp32 engine, loaded once."""
-    return functools.cache(lambda name: Engine.from_pretrained(folder_of(name), device="cpu", dtype="float32"))
-
-
-@pytest.fixture(scope="module")
-def reference_of(folder_of):
-    """Model name -> fp32 model of the Python reference, loaded once."""
-    return functools.cache(lambda name: ReferenceModel.from_folder(folder_of(name)))
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_weights_are_those_of_the_recording(name):
-    model = MODELS[name]
-    assert model["recipe"] == golden_models.RECIPE
-    assert golden_models.digest(golden_models.weights(model["config"], model["seed"])) == model["digest"]
-
-
-def test_models_agree_between_files():
-    for data in DATA:
-        for name, model in data["models"].items():
-            assert model == MODELS[name]
-    assert sum(len(data["cases"]) for data in DATA) == len(CASES)
+def test_recordings():
+    RECORDED.check()
 
 
 def test_known_differences_are_the_known_ones():
@@ -102,20 +56,20 @@ def test_known_differences_are_the_known_ones():
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_engine_gives_the_same_ids(name, engine_of):
+def test_engine_gives_the_same_ids(name):
     case = CASES[name]
     expected = case | case.get("documented", {})
-    result = engine_of(case["model"]).generate(case["prompt"], stop_at_eos=False, **case["settings"])
+    result = RECORDED.engine(case).generate(case["prompt"], stop_at_eos=False, **case["settings"])
     assert list(result.token_ids) == expected["token_ids"]
     assert result.nfe == expected["nfe"]
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_reference_gives_the_same_ids(name, reference_of):
+def test_reference_gives_the_same_ids(name):
     """The engine's other tests compare with the Python reference; here that reference meets the originals."""
     case = CASES[name]
     expected = case | case.get("documented", {})
     options = Options(stop_at_eos=False, **case["settings"])
-    run = reference_generate(reference_of(case["model"]), case["prompt"], options)
+    run = reference_generate(RECORDED.reference(case), case["prompt"], options)
     assert run.token_ids == expected["token_ids"]
     assert run.nfe == expected["nfe"]

@@ -11,48 +11,17 @@ with noise of 1e-6 on the weights (for the harness also on confidences and densi
 A few cases hold, for every step, the computed rows ("rows") and the committed positions ("commits").
 """
 
-import functools
-import json
-from pathlib import Path
-
-import golden_models
 import pytest
+from golden_files import Recordings
 from reference.loops import Options, generate_batch
-from reference.model import ReferenceModel
 
-from dllm_ext import D2Cache, DLLMCache, Engine, TokenFrequencies
+from dllm_ext import D2Cache, DLLMCache, TokenFrequencies
 
-FILES = ("d2cache_dream", "d2cache_llada", "dllm_cache_dream", "dllm_cache_llada")
-DATA = [json.loads((Path(__file__).parent / "golden" / f"{name}.json").read_text()) for name in FILES]
-CASES = {case["id"]: case for data in DATA for case in data["cases"]}
-MODELS = {name: model for data in DATA for name, model in data["models"].items()}
+RECORDED = Recordings("d2cache_dream", "d2cache_llada", "dllm_cache_dream", "dllm_cache_llada")
+CASES = RECORDED.cases
 TRACED = [name for name, case in CASES.items() if "rows" in case]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def folder_of(tmp_path_factory):
-    """Model name -> checkpoint folder, written once."""
-
-    def write(name):
-        model = MODELS[name]
-        named_arrays = golden_models.weights(model["config"], model["seed"])
-        return golden_models.write_folder(tmp_path_factory.mktemp(name), model["config"], named_arrays)
-
-    return functools.cache(write)
-
-
-@pytest.fixture(scope="module")
-def engine_of(folder_of):
-    """Model name -> fp32 engine, loaded once."""
-    return functools.cache(lambda name: Engine.from_pretrained(folder_of(name), device="cpu", dtype="float32"))
-
-
-@pytest.fixture(scope="module")
-def reference_of(folder_of):
-    """Model name -> fp32 model of the Python reference, loaded once."""
-    return functools.cache(lambda name: ReferenceModel.from_folder(folder_of(name)))
 
 
 def prompts_of(case):
@@ -66,7 +35,7 @@ def expected_of(case):
 
 
 def vocab_size_of(case):
-    return MODELS[case["model"]]["config"]["vocab_size"]
+    return RECORDED.models[case["model"]]["config"]["vocab_size"]
 
 
 def engine_settings(case):
@@ -98,28 +67,19 @@ def reference_options(case):
     return Options(**settings)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_weights_are_those_of_the_recording(name):
-    model = MODELS[name]
-    assert model["recipe"] == golden_models.RECIPE
-    assert golden_models.digest(golden_models.weights(model["config"], model["seed"])) == model["digest"]
-
-
-def test_files_agree():
-    for data in DATA:
-        for name, model in data["models"].items():
-            assert model == MODELS[name]
+def test_recordings():
+    RECORDED.check()
+    for data in RECORDED.data:
         for case in data["cases"]:
             assert case["original"] in data["originals"]
             assert case["settings"]["reference_quirks"] == (case["original"] == "d2cache")
             assert len(prompts_of(case)) == case["settings"].get("batch_size", 1)
-    assert sum(len(data["cases"]) for data in DATA) == len(CASES)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_engine_gives_the_same_ids(name, engine_of):
+def test_engine_gives_the_same_ids(name):
     case = CASES[name]
-    results = engine_of(case["model"]).generate(prompts_of(case), **engine_settings(case))
+    results = RECORDED.engine(case).generate(prompts_of(case), **engine_settings(case))
     assert [(list(r.token_ids), r.nfe) for r in results] == expected_of(case)
 
 
@@ -140,16 +100,16 @@ def one_of_each_kind():
 
 
 @pytest.mark.parametrize("name", one_of_each_kind())
-def test_reference_gives_the_same_ids(name, reference_of):
+def test_reference_gives_the_same_ids(name):
     case = CASES[name]
-    runs = generate_batch(reference_of(case["model"]), prompts_of(case), reference_options(case))
+    runs = generate_batch(RECORDED.reference(case), prompts_of(case), reference_options(case))
     assert [(run.token_ids, run.nfe) for run in runs] == expected_of(case)
 
 
 @pytest.mark.parametrize("name", TRACED)
-def test_reference_computes_the_same_rows(name, reference_of):
+def test_reference_computes_the_same_rows(name):
     case = CASES[name]
-    runs = generate_batch(reference_of(case["model"]), prompts_of(case), reference_options(case))
+    runs = generate_batch(RECORDED.reference(case), prompts_of(case), reference_options(case))
     for b, run in enumerate(runs):
         # Of a batch: for every step a list for each sequence, empty where it had nothing to do.
         rows = [step[b] for step in case["rows"] if step[b]] if "prompts" in case else case["rows"]

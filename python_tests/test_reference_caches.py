@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from functools import lru_cache
 from types import SimpleNamespace
 
 import models
@@ -11,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles import oracle, prompt_of
 from reference import d2, dllm, loops
 from reference.decoders import Decisions
 from reference.density import density
@@ -23,17 +23,6 @@ FULL_DLLM = {"cache": "dllm", "kp": 1, "kr": 1}
 FULL_D2 = {"cache": "d2", "current_k": 10**6, "rollout_p": 1.0, "sigma": 0.0}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@lru_cache
-def oracle(family, **changes):
-    config = models.config_of(family, **changes)
-    return ReferenceModel(config, models.random_tensors(config), torch.float64)
-
-
-def prompt_of(model, length, seed=0):
-    config = {"vocab_size": model.vocab_size, "mask_token_id": model.shape.mask_id, "eos_token_id": model.shape.eos_id}
-    return models.random_prompt(config, length, seed)
 
 
 def outcome(run):

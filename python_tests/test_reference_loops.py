@@ -2,13 +2,13 @@
 
 import math
 from dataclasses import replace
-from functools import lru_cache
 
 import models
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles import oracle, prompt_of
 from reference import loops, philox, published
 from reference.loops import Options
 from reference.model import ReferenceModel
@@ -18,17 +18,6 @@ CACHES = ("none", "prefix", "dual")
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@lru_cache
-def oracle(family, **changes):
-    config = models.config_of(family, **changes)
-    return ReferenceModel(config, models.random_tensors(config), torch.float64)
-
-
-def prompt_of(model, length, seed=0):
-    config = {"vocab_size": model.vocab_size, "mask_token_id": model.shape.mask_id, "eos_token_id": model.shape.eos_id}
-    return models.random_prompt(config, length, seed)
 
 
 def with_frequent_eos(family, prompt, o):
