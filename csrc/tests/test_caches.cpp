@@ -41,8 +41,8 @@ struct Kept {
   StepInput in;
   Transformer transformer{spec, weights};
 
-  explicit Kept(DType dtype) {
-    test::write_tiny_model(folder, Family::LLaDA);
+  Kept(Family family, DType dtype) {
+    test::write_tiny_model(folder, family);
     auto checkpoint = std::make_unique<Checkpoint>(folder.path());
     spec = ModelSpec::from_config(checkpoint->config_text(), "config.json");
     weights = load_weights(spec, std::move(checkpoint), dtype, {});
@@ -119,38 +119,45 @@ TEST(kl_needs_a_history) {
   CHECK(!h.stable(0, 0.1) && h.stable(0, 1.0));
 }
 
+constexpr Family kFamilies[] = {Family::LLaDA, Family::Dream};
+
 TEST(a_refresh_of_everything_is_the_plain_step) {
-  for (DType dtype : {DType::F32, DType::BF16}) {
-    Kept kept(dtype);
-    const std::vector<float> all = kept.logits(true, true, -1);
-    CHECK(kept.logits(true, false, int64_t(kLength - kPrompt)) == all);
-    kept.in.sequences[0].features = nullptr;
-    CHECK(kept.logits(true, true, -1) == all);
-  }
+  for (Family family : kFamilies)
+    for (DType dtype : {DType::F32, DType::BF16}) {
+      Kept kept(family, dtype);
+      const std::vector<float> all = kept.logits(true, true, -1);
+      CHECK(kept.logits(true, false, int64_t(kLength - kPrompt)) == all);
+      kept.in.sequences[0].features = nullptr;
+      CHECK(kept.logits(true, true, -1) == all);
+    }
 }
 
 TEST(v_verify_finds_the_row_that_changed) {
-  Kept kept(DType::F32);
-  const std::vector<float> before = kept.logits(true, true, -1);
-  // Nothing changed: whichever rows are verified, the outputs are the same, and equal similarities go to the lowest row.
-  CHECK(kept.logits(false, false, 3) == before);
-  CHECK_EQ(kept.transformer.work(0).layer_rows, 3 * kept.spec.n_layers);
-  CHECK_EQ(kept.transformer.work(0).verify_rows, (kLength - kPrompt) * kept.spec.n_layers);
-  // One other token: its row is computed, so its output is no longer the kept one.
-  kept.in.tokens[17] = 60;
-  const std::vector<float> after = kept.logits(false, false, 1);
-  const int64_t v = kept.spec.vocab_size;
-  for (int64_t r = 0; r < kLength; ++r)
-    CHECK_EQ(std::equal(after.begin() + r * v, after.begin() + (r + 1) * v, before.begin() + r * v), r != 17);
+  for (Family family : kFamilies) {
+    Kept kept(family, DType::F32);
+    const std::vector<float> before = kept.logits(true, true, -1);
+    // Nothing changed: whichever rows are verified, the outputs are the same.
+    CHECK(kept.logits(false, false, 3) == before);
+    CHECK_EQ(kept.transformer.work(0).layer_rows, 3 * kept.spec.n_layers);
+    CHECK_EQ(kept.transformer.work(0).verify_rows, (kLength - kPrompt) * kept.spec.n_layers);
+    // One other token: its row is computed, so its output is no longer the kept one.
+    kept.in.tokens[17] = 60;
+    const std::vector<float> after = kept.logits(false, false, 1);
+    const int64_t v = kept.spec.vocab_size;
+    for (int64_t r = 0; r < kLength; ++r)
+      CHECK_EQ(std::equal(after.begin() + r * v, after.begin() + (r + 1) * v, before.begin() + r * v), r != 17);
+  }
 }
 
 TEST(rollout_covers_every_position_once) {
-  Kept kept(DType::F32);
-  kept.in.sequences[0].features = nullptr;
-  kept.in.sequences[0].importance = true;
-  kept.in.out_rows = {4};
-  kept.transformer.forward(kept.in);
-  double sum = 0;
-  for (float c : kept.transformer.importance(0)) sum += c;
-  CHECK(std::abs(sum - kLength) < 1e-4);
+  for (Family family : kFamilies) {
+    Kept kept(family, DType::F32);
+    kept.in.sequences[0].features = nullptr;
+    kept.in.sequences[0].importance = true;
+    kept.in.out_rows = {4};
+    kept.transformer.forward(kept.in);
+    double sum = 0;
+    for (float c : kept.transformer.importance(0)) sum += c;
+    CHECK(std::abs(sum - kLength) < 1e-4);
+  }
 }
