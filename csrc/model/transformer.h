@@ -32,7 +32,8 @@ class Transformer {
  public:
   Transformer(const ModelSpec& spec, const Weights& weights) : spec_(spec), weights_(weights) {}
 
-  // Runs the layers. In the last one only `out_rows` go past the KV write: nothing reads the others.
+  // Runs the layers. In the last one only `out_rows` (with kept features: FeatureStep::last_rows) go past the KV write,
+  // as nothing reads the others; where rollout is wanted, past attention.
   // check_finite: a NumericalError names the first layer whose output is not finite (for diagnosis, costs a pass).
   void forward(const StepInput& in, bool check_finite = false);
 
