@@ -8,7 +8,8 @@ from typing import Any, TypedDict
 
 class Info(TypedDict):
     isa: str
-    """Instruction set in use: "portable", "avx2", "avx512" or "avx512_bf16". DLLM_ISA in the environment lowers it."""
+    """Instruction set in use: "portable", "avx2", "avx512", "avx512_vnni" or "avx512_bf16". The environment's
+    DLLM_ISA lowers it."""
     isas: list[str]
     """What this CPU can run, slowest first."""
     threads: int
@@ -86,10 +87,18 @@ class Result:
     stats: StatsDict
 
 class Engine:
-    def __init__(self, folder: str | bytes, dtype: str, progress: Callable[[int, int], None] | None = None) -> None:
-        """folder: config.json and safetensors. dtype: "float32" or "bfloat16". progress: gets bytes done and in all."""
+    def __init__(
+        self,
+        folder: str | bytes,
+        dtype: str,
+        quantization: str | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """folder: config.json and safetensors. dtype: "float32" or "bfloat16". quantization: "int8" or "int4", or None:
+        as the checkpoint is. progress: gets bytes done and in all."""
     spec: ModelSpec
     dtype: str
+    quantization: str | None
     weight_bytes: int
     unused_tensors: list[str]
     """Tensors of the checkpoint that this architecture has no use for."""

@@ -106,6 +106,7 @@ class Engine:
             mlp_hidden, max_positions, mask_id, eos_id, stop_ids, logit_shift).
         device: "cpu".
         dtype: "float32" or "bfloat16".
+        quantization: None, "int8" or "int4".
         weight_bytes: Bytes of its weights in memory; an embedding table that stays in its mapped file does not count.
     """
 
@@ -116,6 +117,7 @@ class Engine:
         self.spec = native.spec
         self.device = "cpu"
         self.dtype = native.dtype
+        self.quantization = native.quantization
         self.weight_bytes = native.weight_bytes
 
     @classmethod
@@ -124,7 +126,7 @@ class Engine:
         path_or_repo: str | os.PathLike,
         device: str = "auto",
         dtype: str = "auto",
-        quantization: None = None,
+        quantization: str | None = None,
         revision: str | None = None,
     ) -> "Engine":
         """Load a LLaDA or Dream model.
@@ -134,25 +136,30 @@ class Engine:
         device: "auto" or "cpu".
         dtype: "float32", "bfloat16", or "auto": bfloat16 where the weights are stored in it and the CPU multiplies in
             it (AVX-512-BF16), else float32, which is exact but takes twice the memory.
-        quantization: None.
+        quantization: "int8" (W8A8: 8-bit weights, one scale per output channel), "int4" (W4A8: 4.25 bits per weight,
+            one scale per 64 of a row; the LM head in 8 bits), or None: as the checkpoint is. Activations are quantised
+            row by row to 8 bits before each linear layer; attention, norms and the KV cache keep `dtype`. A checkpoint
+            that `dllm quantize` wrote is loaded as it is, anything else is quantised while it loads.
         revision: branch, tag or commit of a Hugging Face id.
 
         Raises ConfigError for a wrong argument, CheckpointError for a model that cannot be loaded, OutOfMemoryError.
         """
         if str(device) not in ("auto", "cpu"):
             raise ConfigError(f'device = "{device}" is not allowed: this version runs on "cpu" (or "auto") only')
-        if quantization is not None:
-            raise ConfigError(f"quantization = {quantization!r} is not allowed: this version has None only")
+        if quantization not in (None, "int8", "int4"):
+            raise ConfigError(f'quantization = {quantization!r} is not allowed: it must be None, "int8" or "int4"')
         name = str(dtype).removeprefix("torch.")
         if name not in ("auto", "float32", "bfloat16"):
             raise ConfigError(f'dtype = {dtype!r} is not allowed: it must be "auto", "float32" or "bfloat16"')
         folder = model_folder(path_or_repo, revision)
         with _load_progress(folder.name) as progress:
-            native = _C.Engine(os.fsencode(folder), _auto_dtype(folder) if name == "auto" else name, progress)
+            dtype = _auto_dtype(folder) if name == "auto" else name
+            native = _C.Engine(os.fsencode(folder), dtype, quantization, progress)
         return cls(native, folder)
 
     def __repr__(self):
-        return f"Engine({str(self.folder)!r}, {self.spec.family}, {self.device}, {self.dtype})"
+        precision = f"{self.dtype}, {self.quantization}" if self.quantization else self.dtype
+        return f"Engine({str(self.folder)!r}, {self.spec.family}, {self.device}, {precision})"
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -291,7 +298,8 @@ def _auto_dtype(folder):
     for file in sorted(folder.glob("model*.safetensors"))[:1]:
         try:
             with safe_open(file, "pt") as f:
-                stored = {f.get_slice(name).get_dtype() for name in f.keys()}  # noqa: SIM118  (no dict)
+                names = [n for n in f.keys() if not n.endswith("_scale")]  # noqa: SIM118  (no dict)
+                stored = {f.get_slice(name).get_dtype() for name in names} - {"I8", "U8"}
         except (OSError, SafetensorError):  # the native loader will say what is wrong with it
             break
         return "bfloat16" if stored == {"BF16"} else "float32"

@@ -83,7 +83,7 @@ def test_other_dtypes(folder, dtype):
         Engine.from_pretrained(folder, dtype=dtype)
 
 
-@pytest.mark.parametrize("quantization", ["int8", 4, False], ids=repr)
+@pytest.mark.parametrize("quantization", ["int2", 4, False], ids=repr)
 def test_quantization(folder, quantization):
     with pytest.raises(ConfigError, match=f"quantization = {quantization!r} .*None"):
         Engine.from_pretrained(folder, quantization=quantization)

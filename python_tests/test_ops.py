@@ -66,7 +66,7 @@ def test_linear_shapes(isa, dtype, k, n):
     for rows in (1, 3, 32, 37):
         x, w, b = problem(dtype, rows, k, n)
         packed = ops.PackedLinear([w], dtype, bias=b)
-        assert (packed.n, packed.k, packed.dtype) == (n, k, dtype)
+        assert (packed.n, packed.k, packed.format) == (n, k, dtype)
         reference = F.linear(exact(x), exact(w), torch.from_numpy(b).double())
         for out_dtype in DTYPES:
             out = run(packed, padded_rows(x, 5), padded_rows(empty(out_dtype, rows, n), 3))
@@ -225,7 +225,7 @@ def test_linear_checks_its_arguments():
             ops.linear(packed, x, out, **kwargs)
     with pytest.raises(Exception, match="input columns"):
         ops.PackedLinear([w, w[:, :5]], "float32")
-    with pytest.raises(Exception, match="dtype"):
+    with pytest.raises(Exception, match="format"):
         ops.PackedLinear([w], "float16")
 
 

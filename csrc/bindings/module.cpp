@@ -58,7 +58,15 @@ DType dtype_from_name(const std::string& name) {
   fail<ConfigError>("dtype = \"", name, "\" is not supported (there are: \"float32\", \"bfloat16\")");
 }
 
-std::unique_ptr<Engine> load_engine(const std::string& folder, const std::string& dtype, const py::object& progress) {
+Quantization quantization_from_name(const std::optional<std::string>& name) {
+  if (!name) return Quantization::None;
+  for (const Quantization q : {Quantization::Int8, Quantization::Int4})
+    if (*name == name_of(q)) return q;
+  fail<ConfigError>("quantization = \"", *name, "\" is not supported (there are: None, \"int8\", \"int4\")");
+}
+
+std::unique_ptr<Engine> load_engine(const std::string& folder, const std::string& dtype,
+                                    const std::optional<std::string>& quantization, const py::object& progress) {
   LoadProgress report;
   if (!progress.is_none())
     report = [&](size_t done, size_t total) {
@@ -66,8 +74,9 @@ std::unique_ptr<Engine> load_engine(const std::string& folder, const std::string
       progress(done, total);
     };
   const DType t = dtype_from_name(dtype);
+  const Quantization q = quantization_from_name(quantization);
   const py::gil_scoped_release release;
-  return std::make_unique<Engine>(folder, t, report);
+  return std::make_unique<Engine>(folder, t, q, report);
 }
 
 std::vector<Result> generate(Engine& engine, const std::vector<std::vector<int32_t>>& prompts, bool infill,
@@ -172,7 +181,14 @@ void bind_engine(py::module_& m) {
       .def_readonly("nfe", &Result::nfe)
       .def_property_readonly("stats", stats_dict);
   py::class_<Engine>(m, "Engine")
-      .def(py::init(&load_engine), py::arg("folder"), py::arg("dtype"), py::arg("progress") = py::none())
+      .def(py::init(&load_engine), py::arg("folder"), py::arg("dtype"), py::arg("quantization") = py::none(),
+           py::arg("progress") = py::none())
+      .def_property_readonly("quantization",
+                             [](const Engine& e) -> std::optional<std::string> {
+                               const Quantization q = e.weights().quantization;
+                               if (q == Quantization::None) return std::nullopt;
+                               return name_of(q);
+                             })
       .def_property_readonly("spec", &Engine::spec, py::return_value_policy::reference_internal)
       .def_property_readonly("dtype", [](const Engine& e) { return name_of(e.weights().dtype); })
       .def_property_readonly("weight_bytes", [](const Engine& e) { return e.weights().resident_bytes(); })

@@ -102,17 +102,60 @@ py::array empty(DType dtype, int64_t rows, int64_t cols) {
   return py::array_t<uint16_t>({rows, cols});
 }
 
-WeightSource source_of(const py::array& a) {
-  const Matrix m = matrix(a, "weight");
-  if (m.rows == 0 || m.cols == 0) fail<UsageError>("weight: is empty");
-  return {m.data, m.dtype, m.rows, m.cols, m.ld};
+WeightFormat parse_format(const std::string& name) {
+  for (const WeightFormat f : {WeightFormat::F32, WeightFormat::BF16, WeightFormat::I8, WeightFormat::I4})
+    if (name == name_of(f)) return f;
+  fail<UsageError>("format = \"", name, "\": float32, bfloat16, int8 or int4");
 }
 
-std::unique_ptr<PackedLinear> pack(const std::vector<py::array>& weights, const std::string& dtype,
+WeightSource plain_source(const py::array& a) {
+  const Matrix m = matrix(a, "weight");
+  if (m.rows == 0 || m.cols == 0) fail<UsageError>("weight: is empty");
+  return {m.data, format_of(m.dtype), m.rows, m.cols, m.ld};
+}
+
+// A matrix, or what quantize() made of one: (values, scales).
+WeightSource source_of(const py::object& o) {
+  if (!py::isinstance<py::tuple>(o)) return plain_source(o.cast<py::array>());
+  const auto [values, scales] = o.cast<std::pair<py::array, py::array>>();
+  const bool wide = py::isinstance<py::array_t<int8_t>>(values);
+  if (!wide && !py::isinstance<py::array_t<uint8_t>>(values)) fail<UsageError>("weight: expected int8 or uint8");
+  if (values.ndim() != 2 || values.size() == 0) fail<UsageError>("weight: expected a matrix");
+  const WeightFormat format = wide ? WeightFormat::I8 : WeightFormat::I4;
+  const int64_t n = values.shape(0), k = values.shape(1) * (wide ? 1 : 2);
+  if (scales.nbytes() != n * quantized_scale_bytes(format, k) || !(scales.flags() & py::array::c_style) ||
+      !(values.flags() & py::array::c_style))
+    fail<UsageError>("weight: scales do not belong to the values, or are not contiguous");
+  return {values.data(), format, n, k, k, scales.data()};
+}
+
+// Of a matrix: (values, scales) as ops/quantize.h has them; bf16 scales as uint16.
+py::tuple run_quantize(const py::array& w, const std::string& format_name, const std::string& name) {
+  const WeightFormat format = parse_format(format_name);
+  if (!is_quantized(format)) fail<UsageError>("format = \"", format_name, "\": int8 or int4");
+  const WeightSource source = plain_source(w);
+  const int64_t row = quantized_row_bytes(format, source.k), scale = quantized_scale_bytes(format, source.k);
+  py::array values, scales;
+  if (format == WeightFormat::I8) {
+    values = py::array_t<int8_t>({source.n, row});
+    scales = py::array_t<float>(source.n);
+  } else {
+    values = py::array_t<uint8_t>({source.n, row});
+    scales = py::array_t<uint16_t>({source.n, scale / 2});
+  }
+  void *to = values.mutable_data(), *scales_to = scales.mutable_data();
+  {
+    const py::gil_scoped_release release;
+    quantize_matrix(source, format, to, scales_to, name.c_str());
+  }
+  return py::make_tuple(values, scales);
+}
+
+std::unique_ptr<PackedLinear> pack(const std::vector<py::object>& weights, const std::string& format,
                                    const std::optional<py::array>& bias) {
   std::vector<WeightSource> sources;
-  for (const py::array& w : weights) sources.push_back(source_of(w));
-  auto packed = std::make_unique<PackedLinear>(pack_linear(sources.data(), int(sources.size()), parse_dtype(dtype)));
+  for (const py::object& w : weights) sources.push_back(source_of(w));
+  auto packed = std::make_unique<PackedLinear>(pack_linear(sources.data(), int(sources.size()), parse_format(format)));
   if (bias) {
     const float* values = vector_of<float>(*bias, "bias", packed->n);
     packed->bias = Buffer(size_t(packed->panels() * kPanel) * 4, "bias");
@@ -130,10 +173,18 @@ Epilogue parse_epilogue(const std::string& name, const PackedLinear& w) {
   fail<UsageError>("epilogue = \"", name, "\": store, add or silu_mul");
 }
 
+// Of F32 and BF16 weights in their own dtype, of quantised ones in either.
+Matrix input_of(const PackedLinear& w, const py::array& x_in) {
+  const Matrix x = matrix(x_in, "x", w.k);
+  if (!is_quantized(w.format) && w.format != format_of(x.dtype))
+    fail<UsageError>("x: expected ", name_of(w.format), ", got ", name_of(x.dtype));
+  return x;
+}
+
 void run_linear(const PackedLinear& w, const py::array& x_in, const py::array& out_in, const std::string& epilogue,
                 const std::optional<py::array>& out_rows, int64_t panel_begin, int64_t panel_end) {
   const Epilogue e = parse_epilogue(epilogue, w);
-  const Matrix x = matrix_of(x_in, "x", w.dtype, w.k);
+  const Matrix x = input_of(w, x_in);
   const int64_t last = panel_end < 0 ? w.panels() : panel_end;
   if (panel_begin < 0 || panel_begin >= last || last > w.panels())
     fail<UsageError>("panels [", panel_begin, ", ", last, ") of ", w.panels());
@@ -143,7 +194,7 @@ void run_linear(const PackedLinear& w, const py::array& x_in, const py::array& o
   if (e == Epilogue::AddTo && out.dtype != DType::F32) fail<UsageError>("out: \"add\" accumulates in float32");
   const int32_t* to = out_rows ? distinct_rows(*out_rows, "out_rows", x.rows, out.rows) : nullptr;
   const py::gil_scoped_release release;
-  linear({&w, x.data, x.rows, x.ld, out.data, out.ld, out.dtype, e, to, panel_begin, panel_end});
+  linear({&w, x.data, x.dtype, x.rows, x.ld, out.data, out.ld, out.dtype, e, to, panel_begin, panel_end});
 }
 
 py::array run_embedding(const py::array& table_in, const py::array& tokens) {
@@ -388,11 +439,11 @@ py::dict run_lm_head_stats(const PackedLinear& head, const py::array& x_in, int3
                            float temperature, double noise_scale, uint64_t seed, uint32_t step,
                            const std::optional<py::array>& positions) {
   if (head.gate_up) fail<UsageError>("lm_head_stats: weights of gate and up");
-  const Matrix x = matrix_of(x_in, "x", head.dtype, head.k);
+  const Matrix x = input_of(head, x_in);
   const StatsInput in(x.rows, mask_id, banned_id, temperature, noise_scale, seed, step, positions);
   std::vector<RowStats> out(static_cast<size_t>(x.rows));
   Buffer scratch;
-  lm_head_stats(head, x.data, x.rows, x.ld, in.params, in.keys.data(), out.data(), scratch);
+  lm_head_stats(head, x.data, x.dtype, x.rows, x.ld, in.params, in.keys.data(), out.data(), scratch);
   return to_dict(out);
 }
 
@@ -410,22 +461,24 @@ py::array run_philox(uint64_t seed, uint32_t step, uint32_t position, const py::
 
 void bind_ops(py::module_& m) {
   py::class_<PackedLinear>(m, "PackedLinear")
-      .def(py::init(&pack), py::arg("weights"), py::arg("dtype"), py::arg("bias") = py::none())
+      .def(py::init(&pack), py::arg("weights"), py::arg("format"), py::arg("bias") = py::none())
       .def_static(
           "gate_up",
-          [](const py::array& gate, const py::array& up, const std::string& dtype) {
-            return std::make_unique<PackedLinear>(pack_gate_up(source_of(gate), source_of(up), parse_dtype(dtype)));
+          [](const py::object& gate, const py::object& up, const std::string& format) {
+            return std::make_unique<PackedLinear>(pack_gate_up(source_of(gate), source_of(up), parse_format(format)));
           },
-          py::arg("gate"), py::arg("up"), py::arg("dtype"))
+          py::arg("gate"), py::arg("up"), py::arg("format"))
       .def_readonly("n", &PackedLinear::n)
       .def_readonly("k", &PackedLinear::k)
-      .def_property_readonly("dtype", [](const PackedLinear& w) { return name_of(w.dtype); });
+      .def_property_readonly("format", [](const PackedLinear& w) { return name_of(w.format); })
+      .def_property_readonly("bytes", &PackedLinear::bytes);
   py::class_<Slab>(m, "KvSlab")
       .def(py::init<int, int, int64_t, const std::string&>(), py::arg("n_kv"), py::arg("head_dim"),
            py::arg("positions"), py::arg("dtype"))
       .def("read", &Slab::read, py::arg("positions"))
       .def_property_readonly("capacity", [](const Slab& s) { return s.view.capacity; });
 
+  m.def("quantize", &run_quantize, py::arg("weight"), py::arg("format"), py::arg("name") = "weight");
   m.def("linear", &run_linear, py::arg("w"), py::arg("x"), py::arg("out"), py::arg("epilogue") = "store",
         py::arg("out_rows") = py::none(), py::arg("panel_begin") = 0, py::arg("panel_end") = -1);
   m.def("embedding", &run_embedding, py::arg("table"), py::arg("tokens"));

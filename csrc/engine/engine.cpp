@@ -24,12 +24,14 @@ class RunningMark {
 
 }  // namespace
 
-Engine::Engine(const std::string& folder, DType dtype, const LoadProgress& progress)
-    : Engine(std::make_unique<Checkpoint>(folder), dtype, progress) {}
+Engine::Engine(const std::string& folder, DType dtype, Quantization quantization, const LoadProgress& progress)
+    : Engine(std::make_unique<Checkpoint>(folder), dtype, quantization, progress) {}
 
-Engine::Engine(std::unique_ptr<Checkpoint> checkpoint, DType dtype, const LoadProgress& progress)
+Engine::Engine(std::unique_ptr<Checkpoint> checkpoint, DType dtype, Quantization quantization,
+               const LoadProgress& progress)
     : spec_(ModelSpec::from_config(checkpoint->config_text(), checkpoint->config_path())),
-      weights_(load_weights(spec_, std::move(checkpoint), dtype, progress)), transformer_(spec_, weights_) {}
+      weights_(load_weights(spec_, std::move(checkpoint), dtype, quantization, progress)),
+      transformer_(spec_, weights_) {}
 
 void Engine::check_prompt(size_t index, const std::vector<int32_t>& prompt, const GenerationConfig& config,
                           bool infill) const {

@@ -30,7 +30,8 @@ struct GenerateOptions {
 class Engine {
  public:
   // Loads a checkpoint folder (config.json and safetensors).
-  Engine(const std::string& folder, DType dtype, const LoadProgress& progress = {});
+  Engine(const std::string& folder, DType dtype, Quantization quantization = Quantization::None,
+         const LoadProgress& progress = {});
   Engine(const Engine&) = delete;
   Engine& operator=(const Engine&) = delete;
 
@@ -43,7 +44,7 @@ class Engine {
                                const GenerateOptions& options = {});
 
  private:
-  Engine(std::unique_ptr<Checkpoint> checkpoint, DType dtype, const LoadProgress& progress);
+  Engine(std::unique_ptr<Checkpoint> checkpoint, DType dtype, Quantization quantization, const LoadProgress& progress);
   void check_prompt(size_t index, const std::vector<int32_t>& prompt, const GenerationConfig& config,
                     bool infill) const;
   void step(const std::vector<Sequence*>& active, const GenerationConfig& config, const GenerateOptions& options);

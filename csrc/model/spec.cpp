@@ -4,6 +4,7 @@
 #include <array>
 #include <limits>
 
+#include "ops/quantize.h"
 #include "runtime/error.h"
 #include "runtime/json.h"
 
@@ -153,6 +154,21 @@ const FamilyTable& family_from(const ConfigReader& c, const std::string& source)
   fail<CheckpointError>(source, ": model_type = \"", name, "\" is not supported (supported: llada, Dream)");
 }
 
+// What `dllm quantize` writes. Other methods' checkpoints hold tensors that mean something else.
+Quantization stored_quantization(const ConfigReader& c, const std::string& source) {
+  const Json* config = c.get("quantization_config");
+  if (!config) return Quantization::None;
+  const std::string what = source + ": quantization_config";
+  config->as_object(what);
+  const Json *method = config->find("quant_method"), *format = config->find("format");
+  if (!method || method->kind() != Json::Kind::String || method->as_string(what) != "dllm")
+    fail<CheckpointError>(what, ": only quant_method \"dllm\" (made by `dllm quantize`) is supported");
+  if (!format) fail<CheckpointError>(what, ": format is missing");
+  for (const Quantization q : {Quantization::Int8, Quantization::Int4})
+    if (format->as_string(what + ": format") == name_of(q)) return q;
+  fail<CheckpointError>(what, ": format = \"", format->as_string(what), "\" is not supported (supported: int8, int4)");
+}
+
 // eos_token_id may be a number or a list; the first is what fills the tail, all of them stop.
 void read_special_ids(const ConfigReader& c, const FamilyTable& f, ModelSpec& s) {
   const int64_t last = s.vocab_size - 1;
@@ -183,6 +199,20 @@ void read_special_ids(const ConfigReader& c, const FamilyTable& f, ModelSpec& s)
 }  // namespace
 
 const char* name_of(Family f) { return f == Family::LLaDA ? "llada" : "dream"; }
+
+const char* name_of(Quantization q) {
+  switch (q) {
+    case Quantization::None:
+      return "none";
+    case Quantization::Int8:
+      return "int8";
+    case Quantization::Int4:
+      return "int4";
+  }
+  return "unknown";
+}
+
+Quantization head_quantization(Quantization q) { return q == Quantization::None ? q : Quantization::Int8; }
 
 ModelSpec ModelSpec::from_config(const std::string& json_text, const std::string& source) {
   const Json json = Json::parse(json_text, source);
@@ -217,6 +247,7 @@ ModelSpec ModelSpec::from_config(const std::string& json_text, const std::string
   s.qkv_bias = f.family == Family::Dream ? true : c.flag_or("include_qkv_bias", false);
   s.tied_head = c.flag_or(f.tied, false);
   s.logit_shift = f.logit_shift;
+  s.stored = stored_quantization(c, source);
   read_special_ids(c, f, s);
   return s;
 }
@@ -239,25 +270,32 @@ std::vector<TensorSlot> tensors_of(const ModelSpec& s) {
   auto weight = [&](const std::string& name, std::vector<int64_t> shape) {
     t.push_back({name + ".weight", std::move(shape)});
   };
+  auto linear = [&](const std::string& name, int64_t n, int64_t k, Quantization q) {
+    if (q == Quantization::None) return weight(name, {n, k});
+    const bool wide = q == Quantization::Int8;
+    weight(name, {n, wide ? k : (k + 1) / 2});
+    t.push_back({name + ".weight_scale",
+                 wide ? std::vector<int64_t>{n} : std::vector<int64_t>{n, (k + ops::kGroup - 1) / ops::kGroup}});
+  };
   weight(names.embedding, {s.vocab_size, d});
   for (const LayerNames& l : names.layers) {
     weight(l.attn_norm, {d});
-    weight(l.q, {q, d});
-    weight(l.k, {kv, d});
-    weight(l.v, {kv, d});
+    linear(l.q, q, d, s.stored);
+    linear(l.k, kv, d, s.stored);
+    linear(l.v, kv, d, s.stored);
     if (s.qkv_bias) {
       t.push_back({l.q + ".bias", {q}});
       t.push_back({l.k + ".bias", {kv}});
       t.push_back({l.v + ".bias", {kv}});
     }
-    weight(l.out, {d, q});
+    linear(l.out, d, q, s.stored);
     weight(l.ffn_norm, {d});
-    weight(l.gate, {m, d});
-    weight(l.up, {m, d});
-    weight(l.down, {d, m});
+    linear(l.gate, m, d, s.stored);
+    linear(l.up, m, d, s.stored);
+    linear(l.down, d, m, s.stored);
   }
   weight(names.final_norm, {d});
-  if (!s.tied_head) weight(names.head, {s.vocab_size, d});
+  if (!s.tied_head) linear(names.head, s.vocab_size, d, head_quantization(s.stored));
   return t;
 }
 

@@ -14,6 +14,10 @@ namespace dllm {
 enum class Family { LLaDA, Dream };
 const char* name_of(Family f);
 
+// Of the linear layers. Int8 and Int4 are ops/quantize.h's formats; with Int4 the LM head, which decides, stays in 8 bits.
+enum class Quantization { None, Int8, Int4 };
+const char* name_of(Quantization q);
+
 struct TensorSlot {
   std::string name;  // as in the checkpoint
   std::vector<int64_t> shape;
@@ -27,6 +31,8 @@ struct ModelSpec {
   float norm_eps = 0, rope_theta = 0;
   bool rope_full_precision = true;  // false: cos and sin are rounded to the model's dtype first
   bool qkv_bias = false, tied_head = false;
+  Quantization stored =
+      Quantization::None;  // as the checkpoint has its linear layers (config.json: quantization_config)
   int logit_shift = 0;  // 1: token i is read from the hidden state of position i - 1
   int32_t mask_id = -1, eos_id = -1;
   std::vector<int32_t> stop_ids;  // EOS first, then end-of-turn ids
@@ -48,7 +54,11 @@ struct ModelNames {
 };
 ModelNames names_of(const ModelSpec& spec);
 
-// Every tensor the model reads, with its shape: the map between checkpoint and slots, in both directions.
+// Every tensor the model reads, with its shape: the map between checkpoint and slots, in both directions. A quantised
+// checkpoint has NAME.weight in the shape of its format and NAME.weight_scale beside it (ops/quantize.h).
 std::vector<TensorSlot> tensors_of(const ModelSpec& spec);
+
+// How a model whose linear layers are quantised as `q` holds its LM head.
+Quantization head_quantization(Quantization q);
 
 }  // namespace dllm

@@ -109,7 +109,8 @@ void Transformer::qkv(const StepInput& in, int layer) {
   const Rows y = scratch(qkv_buffer_, std::min(n, kRowChunk), columns, DType::F32, "QKV");
   for (int64_t r = 0; r < n; r += kRowChunk) {
     const int64_t here = std::min(kRowChunk, n - r);
-    ops::linear({&w.qkv, row_ptr(h_.data, h_.ld, t, r), here, h_.ld, y.data, y.ld, DType::F32, ops::Epilogue::Store});
+    ops::linear(
+        {&w.qkv, row_ptr(h_.data, h_.ld, t, r), t, here, h_.ld, y.data, y.ld, DType::F32, ops::Epilogue::Store});
     ops::rope_kv_write({static_cast<const float*>(y.data), here, y.ld, spec_.n_heads, spec_.n_kv_heads, spec_.head_dim,
                         cos_.data(), sin_.data(), live_positions_.data() + r, row_ptr(q_.data, q_.ld, t, r), q_.ld, t,
                         layer_slabs_.data(), live_slab_.data() + r});
@@ -174,7 +175,7 @@ void Transformer::mlp(const StepInput& in, int layer) {
   const Rows m = scratch(mlp_buffer_, std::min(n, kRowChunk), spec_.mlp_hidden, t, "the MLP");
   for (int64_t r = 0; r < n; r += kRowChunk) {
     const int64_t here = std::min(kRowChunk, n - r);
-    ops::linear({&w.gate_up, row_ptr(h_.data, h_.ld, t, r), here, h_.ld, m.data, m.ld, t, ops::Epilogue::SiluMul});
+    ops::linear({&w.gate_up, row_ptr(h_.data, h_.ld, t, r), t, here, h_.ld, m.data, m.ld, t, ops::Epilogue::SiluMul});
     add_to_stream(in, layer, w.down, m.data, m.ld, r, here, &LayerFeatures::mlp);
   }
 }
@@ -183,11 +184,12 @@ void Transformer::mlp(const StepInput& in, int layer) {
 void Transformer::add_to_stream(const StepInput& in, int layer, const ops::PackedLinear& w, const void* rows,
                                 int64_t ld, int64_t begin, int64_t n, ops::FeatureSlab LayerFeatures::* slab) {
   if (!keeps_features_) {
-    ops::linear({&w, rows, n, ld, x_.data, x_.ld, DType::F32, ops::Epilogue::AddTo, live_.data() + begin});
+    ops::linear(
+        {&w, rows, weights_.dtype, n, ld, x_.data, x_.ld, DType::F32, ops::Epilogue::AddTo, live_.data() + begin});
     return;
   }
   const Rows y = scratch(feature_buffer_, n, spec_.d_model, DType::F32, "a layer's outputs");
-  ops::linear({&w, rows, n, ld, y.data, y.ld, DType::F32, ops::Epilogue::Store});
+  ops::linear({&w, rows, weights_.dtype, n, ld, y.data, y.ld, DType::F32, ops::Epilogue::Store});
   for (size_t s = 0; s < in.sequences.size(); ++s) {
     const int64_t from = std::max(begin, sequences_[s].row_begin), to = std::min(begin + n, sequences_[s].row_end);
     if (from >= to) continue;
@@ -207,13 +209,14 @@ void Transformer::require_finite(int layer) const {
 
 void Transformer::row_stats(const ops::RowStatsParams& params, const NoiseKey* keys, ops::RowStats* out) {
   if (out_rows_ > 0) weight_bytes_ += int64_t(weights_.head_bytes());
-  ops::lm_head_stats(weights_.head, h_.data, out_rows_, h_.ld, params, keys, out, stats_buffer_);
+  ops::lm_head_stats(weights_.head, h_.data, weights_.dtype, out_rows_, h_.ld, params, keys, out, stats_buffer_);
 }
 
 float* Transformer::logits(int64_t& ld) {
   if (out_rows_ > 0) weight_bytes_ += int64_t(weights_.head_bytes());
   const Rows y = scratch(logits_buffer_, out_rows_, spec_.vocab_size, DType::F32, "logits");
-  ops::linear({&weights_.head, h_.data, out_rows_, h_.ld, y.data, y.ld, DType::F32, ops::Epilogue::Store});
+  ops::linear(
+      {&weights_.head, h_.data, weights_.dtype, out_rows_, h_.ld, y.data, y.ld, DType::F32, ops::Epilogue::Store});
   ld = y.ld;
   return static_cast<float*>(y.data);
 }

@@ -107,7 +107,8 @@ std::vector<int32_t> Transformer::least_similar(const StepInput& in, size_t s, i
   const Rows v = scratch(value_buffer_, n, w.qkv.n - panel * ops::kPanel, DType::F32, "values");
   ops::rms_norm({static_cast<const float*>(x_.data), n, spec_.d_model, x_.ld, w.attn_norm.as<float>(), spec_.norm_eps,
                  h_.data, h_.ld, weights_.dtype, rows.data()});
-  ops::linear({&w.qkv, h_.data, n, h_.ld, v.data, v.ld, DType::F32, ops::Epilogue::Store, nullptr, panel});
+  ops::linear(
+      {&w.qkv, h_.data, weights_.dtype, n, h_.ld, v.data, v.ld, DType::F32, ops::Epilogue::Store, nullptr, panel});
   const float* values = static_cast<const float*>(v.data) + first_column % ops::kPanel;
 
   const Stopwatch watch(work_[s].selection_seconds);

@@ -12,8 +12,9 @@ namespace {
 
 class Loader {
  public:
-  Loader(const ModelSpec& spec, const Checkpoint& ckpt, DType dtype, const LoadProgress& progress)
-      : spec_(spec), ckpt_(ckpt), dtype_(dtype), progress_(progress) {
+  Loader(const ModelSpec& spec, const Checkpoint& ckpt, DType dtype, Quantization quantization,
+         const LoadProgress& progress)
+      : spec_(spec), ckpt_(ckpt), dtype_(dtype), quantization_(quantization), progress_(progress) {
     for (const TensorSlot& slot : tensors_of(spec)) total_ += ckpt.tensor(slot.name, slot.shape).bytes;
   }
 
@@ -46,8 +47,9 @@ class Loader {
   }
 
   // A matrix where it is mapped; copied only if the file has it misaligned.
-  ops::WeightSource matrix(const std::string& name, int64_t n, int64_t k) {
-    const CheckpointTensor& t = ckpt_.tensor(name, {n, k});
+  ops::WeightSource matrix(const std::string& name, int64_t n, int64_t k, Quantization stored) {
+    if (stored != Quantization::None) return quantized_matrix(name, n, k, stored);
+    const CheckpointTensor& t = ckpt_.tensor(name + ".weight", {n, k});
     const DType dt = dtype_of(t, name);
     const void* data = t.data;
     if (uintptr_t(data) % size_of(dt)) {
@@ -56,7 +58,24 @@ class Loader {
       data = aligned_.back().as();
     }
     pending_.push_back(&t);
-    return {data, dt, n, k, k};
+    return {data, ops::format_of(dt), n, k, k};
+  }
+
+  ops::WeightSource quantized_matrix(const std::string& name, int64_t n, int64_t k, Quantization stored) {
+    const ops::WeightFormat format = format_of(stored);
+    const bool wide = format == ops::WeightFormat::I8;
+    const auto part = [&](const std::string& full, const std::vector<int64_t>& shape, const char* dtype) {
+      const CheckpointTensor& t = ckpt_.tensor(full, shape);
+      if (t.dtype != dtype)
+        fail<CheckpointError>("tensor \"", full, "\" has dtype ", t.dtype, "; ", name_of(stored), " has ", dtype);
+      pending_.push_back(&t);
+      return t.data;
+    };
+    const std::vector<int64_t> shape{n, ops::quantized_row_bytes(format, k)};
+    std::vector<int64_t> scales{n};
+    if (!wide) scales.push_back(ops::quantized_scale_bytes(format, k) / 2);
+    const void* values = part(name + ".weight", shape, wide ? "I8" : "U8");
+    return {values, format, n, k, k, part(name + ".weight_scale", scales, wide ? "F32" : "BF16")};
   }
 
   // After packing: the sources' pages need not stay resident.
@@ -73,9 +92,9 @@ class Loader {
     const int64_t d = spec_.d_model, q = spec_.q_columns(), kv = spec_.kv_columns(), m = spec_.mlp_hidden;
     LayerWeights w;
     w.attn_norm = vector(n.attn_norm + ".weight", d);
-    const ops::WeightSource qkv[] = {matrix(n.q + ".weight", q, d), matrix(n.k + ".weight", kv, d),
-                                     matrix(n.v + ".weight", kv, d)};
-    w.qkv = ops::pack_linear(qkv, 3, dtype_);
+    const Quantization stored = spec_.stored;
+    const ops::WeightSource qkv[] = {matrix(n.q, q, d, stored), matrix(n.k, kv, d, stored), matrix(n.v, kv, d, stored)};
+    w.qkv = ops::pack_linear(qkv, 3, format_of(quantization_));
     done_packing();
     if (spec_.qkv_bias) {
       w.qkv.bias = Buffer(size_t(w.qkv.panels()) * ops::kPanel * 4, "QKV bias");
@@ -84,18 +103,18 @@ class Loader {
       read_vector(n.k + ".bias", kv, b + q);
       read_vector(n.v + ".bias", kv, b + q + kv);
     }
-    w.attn_out = packed(n.out + ".weight", d, q);
+    w.attn_out = packed(n.out, d, q, stored, quantization_);
     w.ffn_norm = vector(n.ffn_norm + ".weight", d);
-    const ops::WeightSource gate = matrix(n.gate + ".weight", m, d), up = matrix(n.up + ".weight", m, d);
-    w.gate_up = ops::pack_gate_up(gate, up, dtype_);
+    const ops::WeightSource gate = matrix(n.gate, m, d, stored), up = matrix(n.up, m, d, stored);
+    w.gate_up = ops::pack_gate_up(gate, up, format_of(quantization_));
     done_packing();
-    w.down = packed(n.down + ".weight", d, m);
+    w.down = packed(n.down, d, m, stored, quantization_);
     return w;
   }
 
-  ops::PackedLinear packed(const std::string& name, int64_t n, int64_t k) {
-    const ops::WeightSource s = matrix(name, n, k);
-    ops::PackedLinear p = ops::pack_linear(&s, 1, dtype_);
+  ops::PackedLinear packed(const std::string& name, int64_t n, int64_t k, Quantization stored, Quantization wanted) {
+    const ops::WeightSource s = matrix(name, n, k, stored);
+    ops::PackedLinear p = ops::pack_linear(&s, 1, format_of(wanted));
     done_packing();
     return p;
   }
@@ -113,6 +132,18 @@ class Loader {
   }
 
  private:
+  ops::WeightFormat format_of(Quantization q) const {
+    switch (q) {
+      case Quantization::None:
+        break;
+      case Quantization::Int8:
+        return ops::WeightFormat::I8;
+      case Quantization::Int4:
+        return ops::WeightFormat::I4;
+    }
+    return ops::format_of(dtype_);
+  }
+
   void finish(const CheckpointTensor& t) {
     done_ += t.bytes;
     if (progress_) progress_(done_, total_);
@@ -121,6 +152,7 @@ class Loader {
   const ModelSpec& spec_;
   const Checkpoint& ckpt_;
   DType dtype_;
+  Quantization quantization_;
   const LoadProgress& progress_;
   size_t total_ = 0, done_ = 0;
   std::vector<const CheckpointTensor*> pending_;
@@ -140,15 +172,22 @@ size_t Weights::resident_bytes() const {
 }
 
 Weights load_weights(const ModelSpec& spec, std::unique_ptr<Checkpoint> checkpoint, DType dtype,
-                     const LoadProgress& progress) {
+                     Quantization quantization, const LoadProgress& progress) {
+  if (quantization == Quantization::None) quantization = spec.stored;
+  if (spec.stored != Quantization::None && quantization != spec.stored)
+    fail<ConfigError>("quantization = \"", name_of(quantization), "\" is not allowed: the checkpoint is ",
+                      name_of(spec.stored), " already");
   Weights w;
   w.dtype = dtype;
-  Loader loader(spec, *checkpoint, dtype, progress);
+  w.quantization = quantization;
+  Loader loader(spec, *checkpoint, dtype, quantization, progress);
   const ModelNames names = names_of(spec);
   loader.embedding(names.embedding + ".weight", w);
   for (const LayerNames& n : names.layers) w.layers.push_back(loader.layer(n));
   w.final_norm = loader.vector(names.final_norm + ".weight", spec.d_model);
-  w.head = loader.packed((spec.tied_head ? names.embedding : names.head) + ".weight", spec.vocab_size, spec.d_model);
+  w.head = loader.packed(spec.tied_head ? names.embedding : names.head, spec.vocab_size, spec.d_model,
+                         spec.tied_head ? Quantization::None : head_quantization(spec.stored),
+                         head_quantization(quantization));
 
   std::set<std::string> used;
   for (const TensorSlot& s : tensors_of(spec)) used.insert(s.name);

@@ -27,7 +27,8 @@ struct LayerWeights {
 };
 
 struct Weights {
-  DType dtype = DType::F32;  // of linear layers, activations between them, and KV slabs
+  DType dtype = DType::F32;  // of linear layers that are not quantised, activations between them, and KV slabs
+  Quantization quantization = Quantization::None;
   const void* embedding = nullptr;  // [vocab, d], owned by `checkpoint` or by `embedding_copy`
   DType embedding_dtype = DType::F32;
   std::vector<LayerWeights> layers;
@@ -38,14 +39,15 @@ struct Weights {
   std::vector<std::string> unused_tensors;  // in the checkpoint, but not part of this architecture
 
   size_t layer_bytes() const;  // read by one pass through all layers
-  size_t head_bytes() const { return head.weight.bytes(); }
+  size_t head_bytes() const { return head.bytes(); }
   size_t resident_bytes() const;
 };
 
 // Called with bytes read so far and bytes in all.
 using LoadProgress = std::function<void(size_t done, size_t total)>;
 
+// quantization None: as the checkpoint has them. ConfigError where it has them in another format than asked for.
 Weights load_weights(const ModelSpec& spec, std::unique_ptr<Checkpoint> checkpoint, DType dtype,
-                     const LoadProgress& progress);
+                     Quantization quantization, const LoadProgress& progress);
 
 }  // namespace dllm

@@ -2,15 +2,25 @@
 //
 // Weights are packed once into panels of 32 output columns, in the order the kernel reads them, and the same packed
 // copy serves every row count and every ISA:
-//   F32   [N/32][K][32]           BF16  [N/32][K/2][32][2]   (pairs along K interleaved, as VDPBF16PS wants them)
-// N is padded with zero columns to a multiple of 32; K to a multiple of 2 (BF16).
-// Every output element is accumulated in fp32 in one fixed order along K, so a row's result does not depend on how many
-// rows are computed with it nor on the number of threads: batches are bitwise invariant.
+//   F32   [N/32][K][32]
+//   BF16  [N/32][K/2][32][2]    pairs along K interleaved, as VDPBF16PS wants them
+//   I8    [N/32][K/4][32][4]    q + 128, fours along K interleaved, as VPDPBUSD wants them
+//   I4    [N/32][K/64]{ bf16 scales [32], [16][16 columns][4] bytes }    q: column j in the low halves, j + 16 in the high
+// N is padded with zero columns to a multiple of 32; K with zeros to a multiple of 2 (BF16) or 64 (I8, I4).
+//
+// Quantised weights (quantize.h) meet activations that are quantised row by row as they come (W8A8, W4A8):
+//   x[r, i] ~ a[r, i] * xs[r],  xs[r] = max_i |x[r, i]| / 127,  a = x / xs rounded to nearest, ties to even
+//   I8   y[r, j] = (sum_i a[r, i] q[j, i]) * xs[r] * ws[j]
+//   I4   y[r, j] = (sum_g (sum_{i in g} a[r, i] v[q[j, i]]) * ws[j, g]) * xs[r]   g: 64 terms along K
+// Inner sums are exact integers.
+//
+// Every output element is accumulated in one fixed order along K, so a row's result does not depend on how many rows are
+// computed with it nor on the number of threads: batches are bitwise invariant.
 #pragma once
 
 #include <cstdint>
-#include <functional>
 
+#include "ops/quantize.h"
 #include "runtime/buffer.h"
 #include "runtime/dtype.h"
 
@@ -20,27 +30,24 @@ inline constexpr int kPanel = 32;
 
 struct PackedLinear {
   int64_t n = 0, k = 0;  // output columns, input columns
-  DType dtype = DType::F32;
+  WeightFormat format = WeightFormat::F32;
   bool gate_up = false;  // panels hold 16 gate columns then the same 16 up columns; n counts both
   Buffer weight;  // see above
+  Buffer scale;  // I8: fp32 [n padded], else empty
   Buffer bias;  // fp32 [n padded], or empty
 
   int64_t panels() const { return (n + kPanel - 1) / kPanel; }
-  size_t bytes() const { return weight.bytes() + bias.bytes(); }
-  int64_t k_padded() const { return dtype == DType::BF16 ? (k + 1) / 2 * 2 : k; }
+  int64_t k_padded() const;
+  int64_t panel_bytes() const;
+  const char* panel(int64_t index) const { return weight.as<char>() + index * panel_bytes(); }
+  size_t bytes() const { return weight.bytes() + scale.bytes() + bias.bytes(); }
 };
 
-// A source matrix [n, k], row-major, of a checkpoint (F32 or BF16); k may be read with any row stride `ld` (elements).
-struct WeightSource {
-  const void* data;
-  DType dtype;
-  int64_t n, k, ld;
-};
-
-// Packs the rows of one or more sources stacked along N (for example q, k, v) to `dtype`.
-PackedLinear pack_linear(const WeightSource* sources, int count, DType dtype);
+// Packs the rows of one or more sources stacked along N (for example q, k, v) to `format`: F32 and BF16 sources to any,
+// quantised ones to their own. UsageError otherwise, and where a sum could overflow (k > 65536 with I8).
+PackedLinear pack_linear(const WeightSource* sources, int count, WeightFormat format);
 // Packs a gated MLP's two projections [n, k] interleaved, for Epilogue::SiluMul.
-PackedLinear pack_gate_up(const WeightSource& gate, const WeightSource& up, DType dtype);
+PackedLinear pack_gate_up(const WeightSource& gate, const WeightSource& up, WeightFormat format);
 
 enum class Epilogue {
   Store,  // out[r, j]  = (x W^T + b)[r, j]
@@ -50,7 +57,8 @@ enum class Epilogue {
 
 struct LinearArgs {
   const PackedLinear* w;
-  const void* x;  // [rows, k] of w->dtype, row stride ldx (elements)
+  const void* x;  // [rows, k], row stride ldx (elements)
+  DType x_dtype;  // that of F32 and BF16 weights; either for quantised ones
   int64_t rows, ldx;
   void* out;  // [rows, n] of out_dtype, row stride ldo
   int64_t ldo;

@@ -33,8 +33,8 @@ struct RowStatsParams {
 void row_stats(const float* logits, int64_t rows, int64_t vocab, int64_t ld, const RowStatsParams& params,
                const NoiseKey* keys, RowStats* out);
 
-// Statistics of x W^T without storing it. x [rows, k] of head.dtype. scratch grows as needed and is reused.
-void lm_head_stats(const PackedLinear& head, const void* x, int64_t rows, int64_t ldx, const RowStatsParams& params,
-                   const NoiseKey* keys, RowStats* out, Buffer& scratch);
+// Statistics of x W^T without storing it. x [rows, k] as in LinearArgs. scratch grows as needed and is reused.
+void lm_head_stats(const PackedLinear& head, const void* x, DType x_dtype, int64_t rows, int64_t ldx,
+                   const RowStatsParams& params, const NoiseKey* keys, RowStats* out, Buffer& scratch);
 
 }  // namespace dllm::ops

@@ -8,7 +8,7 @@
 namespace dllm {
 namespace {
 
-constexpr Isa kAll[] = {Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16};
+constexpr Isa kAll[] = {Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Avx512Vnni, Isa::Avx512Bf16};
 
 // What the build has kernels for (DLLM_HAVE_*, set by CMake for x86-64) and the CPU can run. __builtin_cpu_supports also
 // asks XGETBV, so an operating system that does not save the wide registers counts as "no".
@@ -29,9 +29,15 @@ bool supported(Isa isa) {
 #else
       return false;
 #endif
-    case Isa::Avx512Bf16:
+    case Isa::Avx512Vnni:
+#ifdef DLLM_HAVE_AVX512_VNNI
+      return supported(Isa::Avx512) && __builtin_cpu_supports("avx512vnni");
+#else
+      return false;
+#endif
+    case Isa::Avx512Bf16:  // every CPU that has it has VNNI
 #ifdef DLLM_HAVE_AVX512_BF16
-      return supported(Isa::Avx512) && __builtin_cpu_supports("avx512bf16");
+      return supported(Isa::Avx512Vnni) && __builtin_cpu_supports("avx512bf16");
 #else
       return false;
 #endif
@@ -47,7 +53,7 @@ Isa parse(const std::string& name) {
       fail<ConfigError>("instruction set ", name, " is not available; the best is ", name_of(best_isa()));
     return isa;
   }
-  fail<ConfigError>("unknown instruction set \"", name, "\": auto, portable, avx2, avx512 or avx512_bf16");
+  fail<ConfigError>("unknown instruction set \"", name, "\": auto, portable, avx2, avx512, avx512_vnni or avx512_bf16");
 }
 
 std::atomic<Isa>& current() {
@@ -68,6 +74,8 @@ const char* name_of(Isa isa) {
       return "avx2";
     case Isa::Avx512:
       return "avx512";
+    case Isa::Avx512Vnni:
+      return "avx512_vnni";
     case Isa::Avx512Bf16:
       return "avx512_bf16";
   }

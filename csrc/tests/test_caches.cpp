@@ -45,7 +45,7 @@ struct Kept {
     test::write_tiny_model(folder, family);
     auto checkpoint = std::make_unique<Checkpoint>(folder.path());
     spec = ModelSpec::from_config(checkpoint->config_text(), "config.json");
-    weights = load_weights(spec, std::move(checkpoint), dtype, {});
+    weights = load_weights(spec, std::move(checkpoint), dtype, Quantization::None, {});
     kv = KvCache(spec, dtype, kLength);
     features = FeatureCache(spec, dtype, kLength);
     for (int32_t p = 0; p < kLength; ++p) {

@@ -111,7 +111,7 @@ TEST(unused_tensors_are_reported) {
   const TempFolder f;
   test::write_tiny_model(f, Family::Dream);
   const auto spec = ModelSpec::from_config(test::tiny_config(Family::Dream), "config.json");
-  const Weights w = load_weights(spec, std::make_unique<Checkpoint>(f.path()), DType::F32, {});
+  const Weights w = load_weights(spec, std::make_unique<Checkpoint>(f.path()), DType::F32, Quantization::None, {});
   CHECK(w.unused_tensors.empty());
   CHECK(w.resident_bytes() > 0);
 }

@@ -23,7 +23,7 @@ struct Model {
     test::write_tiny_model(folder, family);
     auto checkpoint = std::make_unique<Checkpoint>(folder.path());
     spec = ModelSpec::from_config(checkpoint->config_text(), "config.json");
-    weights = load_weights(spec, std::move(checkpoint), dtype, {});
+    weights = load_weights(spec, std::move(checkpoint), dtype, Quantization::None, {});
   }
 };
 

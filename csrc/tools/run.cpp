@@ -1,6 +1,6 @@
 // dllm_run: the denoising loop without Python, for embedding, debugging and profilers.
 //
-//   dllm_run MODEL_FOLDER --ids 2,17,45,3 [--dtype bfloat16] [--repeat 5] [--GENERATION_SETTING VALUE ...]
+//   dllm_run MODEL_FOLDER --ids 2,17,45,3 [--dtype bfloat16] [--quantization int8] [--repeat 5] [--GENERATION_SETTING VALUE ...]
 //
 // Prints the generated token ids on standard output, one line; timings on standard error. --repeat runs the same
 // generation several times and reports the fastest, so that a profiler sees a warm engine.
@@ -27,6 +27,7 @@ struct Arguments {
   std::string folder;
   std::vector<int32_t> ids;
   DType dtype = DType::F32;
+  Quantization quantization = Quantization::None;
   int64_t repeat = 1;
   GenerationConfig config;
   GenerateOptions options;
@@ -57,6 +58,12 @@ void parse(const std::string& name, const std::string& text, DType& field) {
   field = text == "float32" ? DType::F32 : DType::BF16;
 }
 
+void parse(const std::string& name, const std::string& text, Quantization& field) {
+  for (const Quantization q : {Quantization::None, Quantization::Int8, Quantization::Int4})
+    if (text == name_of(q)) return void(field = q);
+  fail<ConfigError>(name, " = \"", text, "\" must be none, int8 or int4");
+}
+
 // Integers with commas between them, or nothing.
 template <class T>
 void parse(const std::string& name, const std::string& text, std::vector<T>& list) {
@@ -78,6 +85,7 @@ template <class F>
 void for_each_option(Arguments& a, F&& f) {
   f("ids", a.ids);
   f("dtype", a.dtype);
+  f("quantization", a.quantization);
   f("repeat", a.repeat);
   f("infill", a.options.infill);
   for_each_field(a.config, f);
@@ -113,7 +121,7 @@ Arguments parse_arguments(int argc, char** argv) {
 }
 
 void run(const Arguments& a) {
-  Engine engine(a.folder, a.dtype);
+  Engine engine(a.folder, a.dtype, a.quantization);
   Result best;
   for (int64_t i = 0; i < a.repeat; ++i) {
     std::vector<Result> r = engine.generate({a.ids}, a.config, a.options);

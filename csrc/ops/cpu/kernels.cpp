@@ -20,6 +20,12 @@ const Kernels& kernels() {
 #else
       break;
 #endif
+    case Isa::Avx512Vnni:
+#ifdef DLLM_HAVE_AVX512_VNNI
+      return avx512_vnni::table;
+#else
+      break;
+#endif
     case Isa::Avx512Bf16:
 #ifdef DLLM_HAVE_AVX512_BF16
       return avx512_bf16::table;

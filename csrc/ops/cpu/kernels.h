@@ -15,6 +15,12 @@ inline constexpr int64_t kColumns = 32;
 // A GEMM's call per block of K: this many bytes of a panel's column, so that the block of the panel (128 KiB) stays in L2
 // while all rows pass over it.
 inline constexpr int64_t kBlockBytes = 4096;
+// The I4 format (quantize.h): terms along K that share a scale, the values that indices stand for, and those as the packed
+// weights' bytes mean them.
+inline constexpr int64_t kGroup = 64;
+inline constexpr float kI4Values[16] = {-127, -98, -77, -61, -46, -33, -21, -10, 1, 13, 24, 36, 50, 65, 83, 107};
+inline constexpr uint8_t kI4Unsigned[16] = {1, 30, 51, 67, 82, 95, 107, 118, 129, 141, 152, 164, 178, 193, 211, 235};
+inline constexpr float kI4Stretches[] = {0.8f, 0.85f, 0.9f, 0.95f, 1.0f, 1.05f, 1.1f, 1.15f, 1.2f, 1.25f, 1.3f};
 
 // What a tile of a row's logits adds to its statistics; merged in tile order (row_stats.cpp).
 struct TileStats {
@@ -73,6 +79,19 @@ struct WriteArgs {
   bool bf16;
 };
 
+// One row of activations to 8 bits (linear.h).
+struct QuantizeArgs {
+  const void* x;  // [n] fp32 or bf16
+  bool bf16;
+  int64_t n, n_padded;  // n_padded: a multiple of kGroup
+  void* out;  // [n_padded] as the GEMM reads A; zero from n on
+  float* scale;  // NaN where x is not finite
+  // What sums of products with this row start with, because packed weights are unsigned: -128 times the sum of the
+  // quantised terms, of all of them and of each group.
+  int32_t* offset;
+  int32_t* group_offsets;  // [n_padded / kGroup]
+};
+
 struct RotateArgs {
   const float* x;  // [head_dim]
   const float *cos, *sin;  // [head_dim / 2]
@@ -89,6 +108,20 @@ struct Kernels {
                    bool accumulate);
   void (*gemm_bf16)(int64_t rows, int64_t k, const void* a, int64_t lda, const void* b, float* c, int64_t ldc,
                     bool accumulate);
+  // A in 8 bits, as quantize_row leaves it, of this many bytes an element: 2 where the CPU has no 8-bit dot product.
+  int64_t quantized_size;
+  // B I8: C in integers. offsets [rows].
+  void (*gemm_i8)(int64_t rows, int64_t k, const void* a, int64_t lda, const int32_t* offsets, const void* b,
+                  int32_t* c, int64_t ldc, bool accumulate);
+  // B I4, k in groups: C before the rows' scales. offsets [rows, ld_offsets].
+  void (*gemm_i4)(int64_t rows, int64_t groups, const void* a, int64_t lda, const int32_t* offsets, int64_t ld_offsets,
+                  const void* b, float* c, int64_t ldc, bool accumulate);
+  // C of gemm_i8 to fp32, in place, and C of gemm_i4.
+  void (*scale_i8)(int64_t rows, float* c, int64_t ldc, const float* row_scale, const float* column_scale);
+  void (*scale_i4)(int64_t rows, float* c, int64_t ldc, const float* row_scale);
+  void (*quantize_row)(const QuantizeArgs& args);
+  // w [kGroup] to indices and a bf16 scale; false, and the scale NaN, where one is not finite.
+  bool (*quantize_group)(const float* w, uint8_t* index, uint16_t* scale);
   void (*write)(const WriteArgs& args);
   void (*softmax_chunk)(const SoftmaxChunk& args);
   // out[i] = x[i] * scale, fp32 or bf16
@@ -119,6 +152,9 @@ namespace avx2 {
 extern const Kernels table;
 }
 namespace avx512 {
+extern const Kernels table;
+}
+namespace avx512_vnni {
 extern const Kernels table;
 }
 namespace avx512_bf16 {

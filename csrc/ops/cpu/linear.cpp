@@ -31,24 +31,23 @@ void linear(const LinearArgs& args) {
   const int64_t panel_end = args.panel_end < 0 ? w.panels() : args.panel_end;
   const int64_t panels = panel_end - args.panel_begin;
   if (args.rows == 0 || panels <= 0) return;
-  thread_local Buffer widened;
-  const cpu::Activations x = cpu::prepare_activations(args.x, w.dtype, args.rows, w.k, args.ldx, widened);
+  thread_local Buffer scratch;
+  const cpu::Activations x = cpu::prepare_activations(w, args.x, args.x_dtype, args.rows, args.ldx, scratch);
   const auto write = cpu::kernels().write;
 
   const bool gated = args.epilogue == Epilogue::SiluMul;
   const int64_t width = gated ? kPanel / 2 : kPanel;  // output columns of a panel
   const int64_t columns = gated ? w.n / 2 : w.n;
-  const int64_t panel_bytes = w.k_padded() * kPanel * int64_t(size_of(w.dtype));
   const int64_t out_size = int64_t(size_of(args.out_dtype));
 
   const int64_t blocks = (args.rows + kRowBlock - 1) / kRowBlock;
   const int64_t block = (args.rows + blocks - 1) / blocks;
-  parallel_for(blocks * panels, cpu::panel_grain(block, w.k, w.dtype), [&](int64_t begin, int64_t end) {
+  parallel_for(blocks * panels, cpu::panel_grain(block, w), [&](int64_t begin, int64_t end) {
     alignas(64) float c[kRowBlock * kPanel];
     for (int64_t task = begin; task < end; ++task) {
       const int64_t row = task / panels * block, panel = args.panel_begin + task % panels;
       const int64_t rows = std::min(block, args.rows - row);
-      cpu::gemm_panel(x, w.dtype, row, rows, w.k, w.weight.as<char>() + panel * panel_bytes, c, kPanel);
+      cpu::gemm_panel(x, w, panel, row, rows, c, kPanel);
 
       const int64_t column = (panel - args.panel_begin) * width, first_row = args.out_rows ? 0 : row;
       cpu::WriteArgs out{write_of(args.epilogue),

@@ -181,21 +181,18 @@ void row_stats(const float* logits, int64_t rows, int64_t vocab, int64_t ld, con
              });
 }
 
-void lm_head_stats(const PackedLinear& head, const void* x, int64_t rows, int64_t ldx, const RowStatsParams& params,
-                   const NoiseKey* keys, RowStats* out, Buffer& scratch) {
+void lm_head_stats(const PackedLinear& head, const void* x, DType x_dtype, int64_t rows, int64_t ldx,
+                   const RowStatsParams& params, const NoiseKey* keys, RowStats* out, Buffer& scratch) {
   if (rows == 0) return;
-  thread_local Buffer widened;
-  const cpu::Activations a = cpu::prepare_activations(x, head.dtype, rows, head.k, ldx, widened);
-  const int64_t panel_bytes = head.k_padded() * kPanel * int64_t(size_of(head.dtype));
+  thread_local Buffer prepared;
+  const cpu::Activations a = cpu::prepare_activations(head, x, x_dtype, rows, ldx, prepared);
   constexpr int64_t kTilePanels = kTile / kPanel;
-  const int64_t grain = (cpu::panel_grain(rows, head.k, head.dtype) + kTilePanels - 1) / kTilePanels;
+  const int64_t grain = (cpu::panel_grain(rows, head) + kTilePanels - 1) / kTilePanels;
   statistics(rows, head.n, head.bias.bytes() ? head.bias.as<float>() : nullptr, params, keys, out, scratch, grain,
              [&](float* tile_x, int64_t row, int64_t count, int64_t tile) {
-               const int64_t panels = std::min(kTilePanels, head.panels() - tile * kTilePanels);
+               const int64_t first = tile * kTilePanels, panels = std::min(kTilePanels, head.panels() - first);
                for (int64_t p = 0; p < panels; ++p)
-                 cpu::gemm_panel(a, head.dtype, row, count, head.k,
-                                 head.weight.as<char>() + (tile * kTilePanels + p) * panel_bytes, tile_x + p * kPanel,
-                                 kTileLd);
+                 cpu::gemm_panel(a, head, first + p, row, count, tile_x + p * kPanel, kTileLd);
              });
 }
 
