@@ -144,12 +144,14 @@ void statistics(int64_t rows, int64_t vocab, const float* bias, const RowStatsPa
   scratch.reserve(partial_bytes + 64 + size_t(num_threads()) * thread_bytes, "row statistics");
   Partial* partials = scratch.as<Partial>();
   char* thread_memory = scratch.as<char>() + (partial_bytes + 63) / 64 * 64;
+  const auto reached_of = [&](int thread) {
+    return reinterpret_cast<double*>(thread_memory + size_t(thread) * thread_bytes + buffer_floats * 4);
+  };
+  for (int t = 0; t < num_threads(); ++t) std::fill_n(reached_of(t), rows, -std::numeric_limits<double>::infinity());
 
   parallel_for(tiles, tile_grain, [&](int64_t begin, int64_t end) {
-    char* mine = thread_memory + size_t(thread_index()) * thread_bytes;
-    float* x = reinterpret_cast<float*>(mine);
-    double* reached = reinterpret_cast<double*>(mine + buffer_floats * 4);
-    std::fill_n(reached, rows, -std::numeric_limits<double>::infinity());
+    float* x = reinterpret_cast<float*>(thread_memory + size_t(thread_index()) * thread_bytes);
+    double* reached = reached_of(thread_index());
     for (int64_t t = begin; t < end; ++t) {
       const int64_t first = t * kTile, n = std::min(kTile, vocab - first);
       for (int64_t row = 0; row < rows; row += kRowChunk) {
