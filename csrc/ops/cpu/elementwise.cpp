@@ -87,13 +87,11 @@ void rope_kv_write(const RopeKvArgs& args) {
           cpu::write_v(slab, position, head - first_v, x);
           continue;
         }
-        kernels.rotate({x, args.cos + position * (hd / 2), args.sin + position * (hd / 2), hd / 2, rotated});
-        if (head >= first_k)
-          write_k(slab, position, head - first_k, rotated);
-        else
-          kernels.scale_row(rotated, 1.0f, hd,
-                            static_cast<char*>(args.q_out) + (r * args.ldq + head * hd) * int64_t(size_of(args.dtype)),
-                            bf16);
+        const bool is_k = head >= first_k;
+        void* q = static_cast<char*>(args.q_out) + (r * args.ldq + head * hd) * int64_t(size_of(args.dtype));
+        kernels.rotate({x, args.cos + position * (hd / 2), args.sin + position * (hd / 2), hd / 2, is_k ? rotated : q,
+                        bf16 && !is_k});
+        if (is_k) write_k(slab, position, head - first_k, rotated);
       }
   });
 }

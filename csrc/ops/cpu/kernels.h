@@ -96,7 +96,8 @@ struct RotateArgs {
   const float* x;  // [head_dim]
   const float *cos, *sin;  // [head_dim / 2]
   int64_t half;
-  float* out;  // [head_dim]
+  void* out;  // [head_dim] fp32 or bf16
+  bool bf16;
 };
 
 struct Kernels {

@@ -7,58 +7,68 @@
 namespace dllm::ops::cpu::DLLM_ISA_NAMESPACE {
 namespace {
 
-// Writes n floats from `from` as fp32 or bf16; n may be anything.
-DLLM_INLINE void write_values(const float* from, int64_t n, void* out, int64_t offset, bool bf16) {
+// Writes n elements as fp32 or bf16; n may be anything. vector(i) is elements i to i + W - 1, and rest(i, y) puts those from i
+// on, fewer than W, at y.
+template <class Vector, class Rest>
+DLLM_INLINE void write_row(int64_t n, void* out, bool bf16, const Vector& vector, const Rest& rest) {
+  float* wide = static_cast<float*>(out);
+  uint16_t* narrow = static_cast<uint16_t*>(out);
   int64_t i = 0;
-  if (bf16) {
-    uint16_t* p = static_cast<uint16_t*>(out) + offset;
-    for (; i + W <= n; i += W) store_bf16(p + i, load(from + i));
-    for (; i < n; ++i) p[i] = to_bf16(from[i]);
-  } else {
-    float* p = static_cast<float*>(out) + offset;
-    for (; i + W <= n; i += W) store(p + i, load(from + i));
-    for (; i < n; ++i) p[i] = from[i];
+  if (bf16)
+    for (; i + W <= n; i += W) store_bf16(narrow + i, vector(i));
+  else
+    for (; i + W <= n; i += W) store(wide + i, vector(i));
+  if (i == n) return;
+  alignas(64) float y[W];
+  rest(i, y);
+  for (int64_t j = 0; i < n; ++i, ++j) {
+    if (bf16)
+      narrow[i] = to_bf16(y[j]);
+    else
+      wide[i] = y[j];
   }
 }
 
 void write(const WriteArgs& args) {
   constexpr int kHalf = int(kColumns) / 2;
-  alignas(64) float y[kColumns];
   for (int64_t r = 0; r < args.rows; ++r) {
     const float* c = args.c + r * kColumns;
     const int64_t to = (args.out_rows ? args.out_rows[r] : r) * args.ldo;
-    for (int j = 0; j < kColumns; j += W) {
-      const vf v = load(c + j);
-      store(y + j, args.bias ? v + load(args.bias + j) : v);
-    }
-    if (args.what == Write::SiluMul)  // silu(g) u = g / (1 + exp(-g)) u
-      for (int j = 0; j < kHalf; j += W) {
-        const vf gate = load(y + j), up = load(y + kHalf + j);
-        store(y + j, gate / (1.0f + exp(-gate)) * up);
+    void* out = static_cast<char*>(args.out) + to * (args.bf16 ? 2 : 4);
+    const auto sum = [&](int64_t j) { return args.bias ? load(c + j) + load(args.bias + j) : load(c + j); };
+    const auto write_all = [&](const auto& value) {
+      write_row(args.columns, out, args.bf16, value, [&](int64_t j, float* y) { store(y, value(j)); });
+    };
+    switch (args.what) {
+      case Write::Store:
+        write_all(sum);
+        break;
+      case Write::SiluMul:  // silu(g) u = g / (1 + exp(-g)) u
+        write_all([&](int64_t j) {
+          const vf gate = sum(j), up = sum(kHalf + j);
+          return gate / (1.0f + exp(-gate)) * up;
+        });
+        break;
+      case Write::AddTo: {
+        const float* before = static_cast<const float*>(out);
+        write_row(
+            args.columns, out, false, [&](int64_t j) { return load(before + j) + sum(j); },
+            [&](int64_t j, float* y) {
+              store(y, sum(j));
+              for (int64_t i = 0; j + i < args.columns; ++i) y[i] += before[j + i];
+            });
+        break;
       }
-    if (args.what == Write::AddTo) {
-      float* out = static_cast<float*>(args.out) + to;
-      int64_t j = 0;
-      for (; j + W <= args.columns; j += W) store(out + j, load(out + j) + load(y + j));
-      for (; j < args.columns; ++j) out[j] += y[j];
-    } else {
-      write_values(y, args.columns, args.out, to, args.bf16);
     }
   }
 }
 
 void scale_row(const float* x, float scale, int64_t n, void* out, bool bf16) {
-  alignas(64) float y[W];
-  const vf s = splat(scale);
-  for (int64_t i = 0; i < n; i += W) {
-    const int64_t here = n - i < W ? n - i : W;
-    if (here == W) {
-      store(y, load(x + i) * s);
-    } else {
-      for (int64_t j = 0; j < here; ++j) y[j] = x[i + j] * scale;
-    }
-    write_values(y, here, out, i, bf16);
-  }
+  write_row(
+      n, out, bf16, [&](int64_t i) { return load(x + i) * scale; },
+      [&](int64_t i, float* y) {
+        for (int64_t j = 0; i + j < n; ++j) y[j] = x[i + j] * scale;
+      });
 }
 
 void axpy(float factor, const void* x, bool bf16, int64_t n, float* out) {
@@ -92,33 +102,27 @@ void rms_norm_row(const float* x, const float* weight, float eps, int64_t n, voi
   for (; i < n; ++i) total += x[i] * x[i];
   const float inverse = 1.0f / __builtin_sqrtf(total / float(n) + eps);
 
-  alignas(64) float y[W];
-  for (i = 0; i < n; i += W) {
-    const int64_t here = n - i < W ? n - i : W;
-    if (here == W) {
-      store(y, load(x + i) * splat(inverse) * load(weight + i));
-    } else {
-      for (int64_t j = 0; j < here; ++j) y[j] = x[i + j] * inverse * weight[i + j];
-    }
-    write_values(y, here, out, i, bf16);
-  }
+  write_row(
+      n, out, bf16, [&](int64_t at) { return load(x + at) * splat(inverse) * load(weight + at); },
+      [&](int64_t at, float* y) {
+        for (int64_t j = 0; at + j < n; ++j) y[j] = x[at + j] * inverse * weight[at + j];
+      });
 }
 
 // Rotates a head's two halves: (lo, hi) -> (lo cos - hi sin, hi cos + lo sin).
 void rotate(const RotateArgs& args) {
-  const float *lo = args.x, *hi = args.x + args.half;
-  float *out_lo = args.out, *out_hi = args.out + args.half;
-  int64_t i = 0;
-  for (; i + W <= args.half; i += W) {
-    const vf c = load(args.cos + i), s = load(args.sin + i), a = load(lo + i), b = load(hi + i);
-    store(out_lo + i, a * c - b * s);
-    store(out_hi + i, b * c + a * s);
-  }
-  for (; i < args.half; ++i) {
-    const float c = args.cos[i], s = args.sin[i], a = lo[i], b = hi[i];
-    out_lo[i] = a * c - b * s;
-    out_hi[i] = b * c + a * s;
-  }
+  const float *lo = args.x, *hi = args.x + args.half, *cos = args.cos, *sin = args.sin;
+  const int64_t half = args.half;
+  const auto halves = [&](const float* a, const float* b, auto&& combine, void* out) {
+    write_row(
+        half, out, args.bf16,
+        [&](int64_t i) { return combine(load(a + i) * load(cos + i), load(b + i) * load(sin + i)); },
+        [&](int64_t i, float* y) {
+          for (int64_t j = 0; i + j < half; ++j) y[j] = combine(a[i + j] * cos[i + j], b[i + j] * sin[i + j]);
+        });
+  };
+  halves(lo, hi, [](auto x, auto y) { return x - y; }, args.out);
+  halves(hi, lo, [](auto x, auto y) { return x + y; }, static_cast<char*>(args.out) + half * (args.bf16 ? 2 : 4));
 }
 
 void widen_row(const uint16_t* x, int64_t n, float* out) {
