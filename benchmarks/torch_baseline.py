@@ -6,13 +6,12 @@ layers to oneDNN in its own weight layout (torch's private mkldnn operators, wha
 stronger of the two.
 """
 
-import json
-import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from peers import loop
+from peers.checkpoint import load_config, load_tensors
 
 
 class Linear:
@@ -29,27 +28,32 @@ class Linear:
 
 
 class TorchLLaDA:
+    """A `peers.loop.Model`."""
+
     def __init__(self, folder: Path, dtype: torch.dtype, prepack: bool = False):
-        self.config = c = json.loads((Path(folder) / "config.json").read_text())
+        self.config = c = load_config(folder)
         self.dtype = dtype
-        w = {k: v.to(dtype) for k, v in load_file(Path(folder) / "model.safetensors").items()}
+        self.mask_id, self.vocab_size = c["mask_token_id"], c["vocab_size"]
+        w = load_tensors(folder)
+
+        def take(name):
+            return w.pop(name + ".weight").to(dtype)
+
         self.heads, self.head_dim = c["n_heads"], c["d_model"] // c["n_heads"]
-        self.embedding = w["model.transformer.wte.weight"]
-        self.final_norm = w["model.transformer.ln_f.weight"]
-        self.head = Linear(w["model.transformer.ff_out.weight"], prepack)
+        self.embedding = take("model.transformer.wte")
+        self.final_norm = take("model.transformer.ln_f")
+        self.head = Linear(take("model.transformer.ff_out"), prepack)
         self.layers = []
         for i in range(c["n_layers"]):
             p = f"model.transformer.blocks.{i}."
-            qkv = torch.cat([w.pop(p + f"{n}_proj.weight") for n in "qkv"])
-            gate_up = torch.cat([w.pop(p + "ff_proj.weight"), w.pop(p + "up_proj.weight")])
             self.layers.append(
                 {
-                    "attn_norm": w[p + "attn_norm.weight"],
-                    "qkv": Linear(qkv, prepack),
-                    "out": Linear(w.pop(p + "attn_out.weight"), prepack),
-                    "ffn_norm": w[p + "ff_norm.weight"],
-                    "gate_up": Linear(gate_up, prepack),
-                    "down": Linear(w.pop(p + "ff_out.weight"), prepack),
+                    "attn_norm": take(p + "attn_norm"),
+                    "qkv": Linear(torch.cat([take(p + f"{n}_proj") for n in "qkv"]), prepack),
+                    "out": Linear(take(p + "attn_out"), prepack),
+                    "ffn_norm": take(p + "ff_norm"),
+                    "gate_up": Linear(torch.cat([take(p + "ff_proj"), take(p + "up_proj")]), prepack),
+                    "down": Linear(take(p + "ff_out"), prepack),
                 }
             )
         inv_freq = 1.0 / c["rope_theta"] ** (torch.arange(0, self.head_dim, 2).float() / self.head_dim)
@@ -65,11 +69,16 @@ class TorchLLaDA:
         a, b = x.chunk(2, -1)
         return (x * self.cos[begin:end] + torch.cat([-b, a], -1) * self.sin[begin:end]).to(self.dtype)
 
-    def forward(self, tokens, begin, end, keys, values, wanted):
+    def start(self, length):
+        shape = (self.heads, length, self.head_dim)
+        self.keys = [torch.empty(shape, dtype=self.dtype) for _ in self.layers]
+        self.values = [torch.empty(shape, dtype=self.dtype) for _ in self.layers]
+
+    def logits(self, tokens, begin, end, wanted):
         """Rows [begin, end) of `tokens`, their K and V written in place; logits of the rows `wanted` (relative)."""
         rows, d = end - begin, self.config["d_model"]
         x = self.embedding[tokens[begin:end]]
-        for layer, k_cache, v_cache in zip(self.layers, keys, values, strict=True):
+        for layer, k_cache, v_cache in zip(self.layers, self.keys, self.values, strict=True):
             qkv = layer["qkv"](self.norm(x, layer["attn_norm"])).view(rows, 3, self.heads, self.head_dim)
             q, k = self.rotate(qkv[:, 0], begin, end), self.rotate(qkv[:, 1], begin, end)
             k_cache[:, begin:end] = k.transpose(0, 1)
@@ -80,30 +89,6 @@ class TorchLLaDA:
             x = x + layer["down"](F.silu(gate) * up)
         return self.head(self.norm(x[wanted], self.final_norm)).float()
 
-    @torch.inference_mode()
-    def generate(self, prompt, gen_length, block_length, per_step):
-        """Dual cache, greedy, `per_step` tokens a step. Returns (token ids, [(rows, seconds)] of the steps)."""
-        mask = self.config["mask_token_id"]
-        length = len(prompt) + gen_length
-        tokens = torch.full((length,), mask)
-        tokens[: len(prompt)] = torch.tensor(prompt)
-        masked = torch.arange(length) >= len(prompt)
-        shape = (self.heads, length, self.head_dim)
-        keys = [torch.empty(shape, dtype=self.dtype) for _ in self.layers]
-        values = [torch.empty(shape, dtype=self.dtype) for _ in self.layers]
-        steps = []
-        for block in range(len(prompt), length, block_length):
-            begin, end = 0, length  # the first step of a block computes everything
-            while masked[block : block + block_length].any():
-                t = time.perf_counter()
-                positions = block + masked[block : block + block_length].nonzero()[:, 0]
-                logits = self.forward(tokens, begin, end, keys, values, positions - begin)
-                log_sum = logits.logsumexp(-1)
-                logits[:, mask] = -torch.inf
-                best, ids = logits.max(-1)
-                chosen = (best - log_sum).topk(min(per_step, len(positions))).indices
-                tokens[positions[chosen]] = ids[chosen]
-                masked[positions[chosen]] = False
-                steps.append((end - begin, time.perf_counter() - t))
-                begin, end = block, min(block + block_length, length)
-        return tokens[len(prompt) :].tolist(), steps
+    def generate(self, prompt, gen_length, block_length, per_step, cache="dual"):
+        """Greedy, `per_step` tokens a step. Returns (token ids, [(rows, seconds)] of the steps)."""
+        return loop.generate(self, prompt, gen_length, block_length, per_step, cache)

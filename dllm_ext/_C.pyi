@@ -115,6 +115,16 @@ class Engine:
         The GIL is released.
         """
 
+class ops:
+    """Kernels and steps by themselves, for tests and measurements."""
+
+    @staticmethod
+    def time_steps(engine: Engine, rows: int, keys: int, repeats: int) -> list[float]:
+        """Seconds of each of `repeats` steps that compute the last `rows` of `keys` positions and their statistics.
+
+        An untimed step caches all positions first. The GIL is released.
+        """
+
 def info() -> Info: ...
 def set_isa(name: str) -> None:
     """One of info()["isas"], or "auto"."""

@@ -17,6 +17,7 @@ using namespace dllm;
 
 void bind_ops(py::module_& m);  // ops.cpp
 void bind_decode(py::module_& m);  // decode.cpp
+void bind_measure(py::module_& m);  // measure.cpp
 
 namespace {
 
@@ -218,8 +219,10 @@ PYBIND11_MODULE(_C, m) {
         return config_to_dict(c);
       },
       py::arg("config"));
-  py::module_ ops = m.def_submodule("ops", "Single kernels on numpy arrays, for tests.");
+  py::module_ ops =
+      m.def_submodule("ops", "Single kernels on numpy arrays and single steps, for tests and measurements.");
   bind_ops(ops);
+  bind_measure(ops);
   py::module_ decode = m.def_submodule("decode", "Schedules, transfer rules and bitmaps, for tests.");
   bind_decode(decode);
 }
