@@ -38,7 +38,7 @@ Activations quantize(const PackedLinear& w, const void* x, DType dtype, int64_t 
   int32_t* group_offsets = reinterpret_cast<int32_t*>(data + rows * ld * size);
   int32_t* offsets = group_offsets + rows * groups;
   float* scale = reinterpret_cast<float*>(offsets + rows);
-  parallel_for(rows, std::max<int64_t>(1, 65536 / k), [&](int64_t begin, int64_t end) {
+  parallel_for(rows, std::max<int64_t>(1, 32768 / k), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r)
       kernels().quantize_row({static_cast<const char*>(x) + r * ldx * int64_t(size_of(dtype)), dtype == DType::BF16,
                               w.k, k, data + r * ld * size, scale + r, offsets + r, group_offsets + r * groups});
