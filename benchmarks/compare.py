@@ -21,7 +21,8 @@ its own run of the engine to be compared with.
 
 Beside each time stands the fraction of the roof that it reached: the least time that this machine needs for what was
 asked (roofline.py), divided by the time. Writes compare.md, compare.csv, compare.svg, and samples.json with the single
-times. Programs that are not installed, not given or that fail are listed with the reason.
+times. Programs that are not installed, not given or that fail are listed with the reason. diffuse-cpp is not among
+them: it has its own file format and no interface that times a single step.
 
 `pip install -e '.[benchmarks]'` brings llama.cpp (compiled on the spot), transformers and matplotlib.
 """
@@ -53,26 +54,34 @@ def available_bytes() -> int:
     raise RuntimeError("/proc/meminfo has no MemAvailable")
 
 
+def bytes_together(programs: list[Program], parameters: int) -> float:
+    """Memory that they need: the weights of all, and the spare copies of the one that needs most while it loads."""
+    sizes = [parameters * WIDTHS[p.precision].weight_bytes for p in programs]
+    return sum(sizes) + max((p.copies - 1) * size for p, size in zip(programs, sizes, strict=True))
+
+
 def groups_of(programs: list[Program], parameters: int, limit: float) -> tuple[list[list[Program]], dict[str, str]]:
     """Programs that are in memory together, each group of one precision class and with its engine first.
 
-    A program is counted with the bytes of its weights, and the largest twice, since loading may hold a second copy.
-    Returns the groups, and a reason for each program that fits with no engine beside it.
+    Returns the groups, and a reason for each program that does not fit beside the engine.
     """
     groups, reasons = [], {}
     for precision in PRECISIONS:
-        members = [p for p in programs if p.precision == precision]
-        size = parameters * WIDTHS[precision].weight_bytes
-        engine = [p for p in members if p.is_engine]
-        room = int(limit / size) - 1 - len(engine)  # for programs beside the engine; one place is for loading
-        peers = [p for p in members if not p.is_engine]
-        if peers and room < 1:
-            reasons |= {p.name: f"needs about {size * (2 + len(engine)) / 1e9:.0f} GB beside the engine" for p in peers}
-            peers = []
-        for i in range(0, len(peers), max(room, 1)):
-            groups.append(engine + peers[i : i + room])
-        if engine and not peers:
-            groups.append(engine)
+        engine = [p for p in programs if p.precision == precision and p.is_engine]
+        group = list(engine)
+        for p in programs:
+            if p.precision != precision or p.is_engine:
+                continue
+            alone = bytes_together([*engine, p], parameters)
+            if alone > limit:
+                reasons[p.name] = f"needs {alone / 1e9:.0f} GB beside the engine, {limit / 1e9:.0f} GB are free"
+            elif bytes_together([*group, p], parameters) <= limit:
+                group.append(p)
+            else:
+                groups.append(group)
+                group = [*engine, p]
+        if group:
+            groups.append(group)
     return groups, reasons
 
 
@@ -135,7 +144,7 @@ class Run:
                                 answer = running[program].ask(kind, **question)
                             except PeerError as e:
                                 self.reasons[program.name] = f"{kind} {case}: {e}"
-                                del running[program]
+                                running.pop(program).close()
                                 continue
                             self.samples.append(Sample.of(kind, program, case, number, repeat, answer))
 

@@ -19,7 +19,7 @@ SHAPES = {
     "llada-8b": {"d_model": 4096, "n_layers": 32, "n_heads": 32, "mlp_hidden_size": 12288, "vocab_size": 126464},
 }
 SHARDED_PARAMETERS = 2e9  # more than these are written from a table and in shards
-SHARD_BYTES = 1.1e9
+SHARD_BYTES = 0.5e9  # or one tensor
 TABLE = 16_777_213  # a prime, so that no two rows of a matrix begin at the same place of the table
 
 

@@ -3,7 +3,7 @@
 import csv
 import json
 from collections import defaultdict
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 
@@ -68,23 +68,18 @@ class Line:
         return f"{median(self.ratios):.2f} ({min(self.ratios):.2f}–{max(self.ratios):.2f})"
 
 
-def with_whole_forwards(samples: list[Sample], rows: list[int], keys: int) -> list[Sample]:
-    """A program that was asked for all rows only computes all of them whatever is wanted: the same time everywhere.
+def with_whole_forwards(samples: list[Sample], uncached: set[str], rows: list[int]) -> list[Sample]:
+    """Programs without a cache compute all rows whatever is wanted: they have the same time at every row count.
 
     The floor of fewer rows is taken from another program of the same precision that was asked for them.
     """
-    asked = defaultdict(set)
-    floors = {}
-    for s in samples:
-        if s.kind == "forward":
-            asked[s.program].add(s.case)
-            floors[s.precision, s.case] = s.floor
+    forwards = [s for s in samples if s.kind == "forward"]
+    floors = {(s.precision, s.case): s.floor for s in forwards}
     out = list(samples)
-    for s in samples:
-        if s.kind == "forward" and asked[s.program] == {keys}:
-            for n in rows:
-                if n != keys:
-                    out.append(Sample(**{**vars(s), "case": n, "floor": floors.get((s.precision, n))}))
+    for s in forwards:
+        if s.program in uncached:
+            fewer = [n for n in rows if n != s.case]
+            out += [replace(s, case=n, floor=floors.get((s.precision, n))) for n in fewer]
     return out
 
 
@@ -145,7 +140,8 @@ class Report:
     rows: list[int]
 
     def __post_init__(self):
-        every = with_whole_forwards(self.samples, self.rows, self.keys)
+        uncached = {name for name, note in self.loaded.items() if note["caches"] == ["none"]}
+        every = with_whole_forwards(self.samples, uncached, self.rows)
         self.lines = summarise(every, self.gen_length)
 
     def write(self, folder: Path):

@@ -142,7 +142,7 @@ def test_ratios_are_taken_repeat_by_repeat():
 def test_a_program_without_a_cache_takes_its_one_time_everywhere():
     samples = [forward("dllm_ext bf16", 1, 0, 1.0, floor=0.1), forward("dllm_ext bf16", 320, 0, 2.0)]
     samples.append(forward("transformers bf16", 320, 0, 3.0))
-    lines = tables.summarise(tables.with_whole_forwards(samples, [1, 320], 320), gen_length=0)
+    lines = tables.summarise(tables.with_whole_forwards(samples, {"transformers bf16"}, [1, 320]), gen_length=0)
     found = {(x.program, x.case): x for x in lines}
     assert found["transformers bf16", 1].ratios == [3.0]
     assert found["transformers bf16", 1].per_second == pytest.approx(1 / 3)
@@ -151,7 +151,9 @@ def test_a_program_without_a_cache_takes_its_one_time_everywhere():
 
 def test_missing_programs_are_listed_with_their_reason(tmp_path):
     samples = [forward("dllm_ext bf16", 320, 0, 1.0)]
-    loaded = {"dllm_ext bf16": {"seconds": 1.0, "bytes_loading": 2e9, "bytes": 1e9, "idle": 0.0}}
+    loaded = {
+        "dllm_ext bf16": {"caches": ["none", "dual"], "seconds": 1.0, "bytes_loading": 2e9, "bytes": 1e9, "idle": 0.0}
+    }
     reasons = {"llama.cpp Q8_0": "llama_cpp is not installed"}
     report = tables.Report("settings", samples, loaded, reasons, 320, 128, [320])
     assert "| llama.cpp Q8_0 | llama_cpp is not installed |" in report.markdown()

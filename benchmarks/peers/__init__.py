@@ -3,8 +3,8 @@
 A program is a module of this package with a class `Peer`, loaded in a process of its own (worker.py):
 
     Peer(folder, precision, threads, **options)     loads the model; the driver times it
-    caches: tuple[str, ...]                         policies that generate() takes
-    partial_rows: bool                              False: it has no cache, every forward computes all rows
+    caches: tuple[str, ...]                         policies that generate() takes; ("none",): it has no cache
+    partial_rows: bool                              forward() can compute some rows; False: it is asked for all only
     forward(rows, keys, repeats) -> list[float]     seconds of forwards of the last `rows` of `keys` positions, the
                                                     logits of all these rows included (this engine: their statistics)
     generate(prompt, gen_length, block_length, per_step, cache) -> dict
@@ -33,6 +33,9 @@ class Program:
     converts: bool = False
     """It reads weights in a form of its own, made before anything is timed."""
 
+    copies: int = 1
+    """Of its weights, in memory at once while it loads."""
+
     @property
     def is_engine(self) -> bool:
         return self.module == "engine"
@@ -42,8 +45,8 @@ def _programs():
     for precision, short in zip(PRECISIONS, ("fp32", "bf16", "int8", "int4"), strict=True):
         yield Program(f"dllm_ext {short}", "engine", precision)
     for precision, short in (("float32", "fp32"), ("bfloat16", "bf16")):
-        yield Program(f"torch {short}", "pytorch", precision)
-        yield Program(f"torch prepacked {short}", "pytorch", precision, {"prepack": True})
+        yield Program(f"torch {short}", "pytorch", precision, copies=2)
+        yield Program(f"torch prepacked {short}", "pytorch", precision, {"prepack": True}, copies=2)
     yield Program("transformers bf16", "transformers_llama", "bfloat16")
     for precision, kind in (("bfloat16", "BF16"), ("int8", "Q8_0"), ("int4", "Q4_0")):
         for name, architecture in ((f"llama.cpp {kind}", "llama"), (f"llama.cpp llada {kind}", "llada")):
