@@ -74,6 +74,7 @@ class StatsDict(TypedDict):
     attention_pairs: list[int]
     weight_bytes: list[int]
     commits: list[int]
+    buffer_bytes: list[int]
     seconds: list[float]
     selection_seconds: list[float]
     seconds_total: float

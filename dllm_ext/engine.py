@@ -52,6 +52,8 @@ class Stats:
     """Bytes of weights read."""
     commits: list[int] = field(repr=False)
     """Positions committed."""
+    buffer_bytes: list[int] = field(repr=False)
+    """Bytes newly taken for slabs and scratch, by the whole process: 0 but for a sequence's first step."""
     seconds: list[float] = field(repr=False)
     """Wall seconds."""
     selection_seconds: list[float] = field(repr=False)

@@ -330,7 +330,7 @@ def test_result_is_plain_data(engine):
 def fake_result(token_ids, **stats):
     lists = ("rows", "layer_rows", "verify_rows", "logit_rows", "attention_pairs", "weight_bytes", "commits")
     values = {"seconds": [0.1, 0.3], "selection_seconds": [0.0, 0.0], "seconds_total": 0.5, "seconds_first_block": 0.2}
-    values |= {name: [3, 4] for name in lists} | stats
+    values |= {name: [3, 4] for name in (*lists, "buffer_bytes")} | stats
 
     class Fake:
         prompt_ids, nfe, commit_steps = [1], 2, [0] * len(token_ids)
@@ -370,6 +370,7 @@ def test_per_step_lists(engine):
     assert s.rows == [12, 4, 12, 4]
     assert s.layer_rows == [engine.spec.n_layers * n for n in s.rows] and s.verify_rows == [0, 0, 0, 0]
     assert all(0 < b <= 1.01 * engine.weight_bytes for b in s.weight_bytes)
+    assert s.buffer_bytes[0] > 0 and s.buffer_bytes[1:] == [0, 0, 0]
     assert 0 < s.time_to_first_block <= s.seconds_total
     assert 0.5 * sum(s.seconds) <= s.seconds_total
 

@@ -24,15 +24,24 @@ void bind_decode(py::module_& m) {
         std::vector<Proposal> proposals;
         for (size_t i = 0; i < confidence.size(); ++i)
           proposals.push_back({int32_t(i), 0, confidence[i], confidence[i]});
-        return select_transfers(config_from_dict(config),
-                                {0, step_in_block, masked_at_start, int64_t(confidence.size())}, proposals);
+        TransferSelector selector;
+        const std::span<const int32_t> chosen = selector.select(
+            config_from_dict(config), {0, step_in_block, masked_at_start, int64_t(confidence.size())}, proposals);
+        return std::vector<int32_t>(chosen.begin(), chosen.end());
       },
       py::arg("config"), py::arg("confidence"), py::arg("step_in_block") = 0, py::arg("masked_at_start") = 0,
       "Indices that a step commits, for proposals at positions 0, 1, ... with these confidences.");
   m.def(
       "certainty_density",
       [](const std::vector<bool>& known, double sigma) {
-        return certainty_density(std::vector<uint8_t>(known.begin(), known.end()), sigma);
+        Bitmap editable(int64_t(known.size())), masked(editable.size());
+        for (int64_t i = 0; i < editable.size(); ++i) {
+          editable.set(i);
+          if (!known[size_t(i)]) masked.set(i);
+        }
+        CertaintyDensity density(editable, sigma);
+        const std::span<const double> d = density.of(masked);
+        return std::vector<double>(d.begin(), d.end());
       },
       py::arg("known"), py::arg("sigma"), "Certainty density of every position (d2Cache).");
   py::class_<Bitmap>(m, "Bitmap")

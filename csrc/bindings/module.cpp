@@ -119,6 +119,7 @@ py::dict stats_dict(const Result& r) {
   d["attention_pairs"] = column(r, &StepStats::attention_pairs);
   d["weight_bytes"] = column(r, &StepStats::weight_bytes);
   d["commits"] = column(r, &StepStats::commits);
+  d["buffer_bytes"] = column(r, &StepStats::buffer_bytes);
   d["seconds"] = column(r, &StepStats::seconds);
   d["selection_seconds"] = column(r, &StepStats::selection_seconds);
   d["seconds_total"] = r.seconds_total;

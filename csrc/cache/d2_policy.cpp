@@ -6,11 +6,13 @@
 // planned, so for the block that the step decodes, and certainties are updated whenever a position is computed.
 
 #include <algorithm>
-#include <tuple>
+#include <optional>
+#include <utility>
 
 #include "cache/d2_rows.h"
 #include "cache/policy.h"
 #include "decode/density.h"
+#include "runtime/order.h"
 
 namespace dllm {
 
@@ -23,43 +25,43 @@ class D2CachePolicy final : public CachePolicy {
   void plan(const SequenceView& view, int, StepPlan& out) override {
     out.importance = true;
     if (view.step == 0) return plan_everything(view.length(), out);
-    Bitmap rows(view.length());
-    for (int32_t p : next_to_decode(view)) rows.set(p - shift_);
-    for (int32_t p : committed_) rows.set(p);
-    add_nucleus(importance_, config_.rollout_p, rows);
-    inflate(config_.inflate_w, rows);
-    out.rows = rows.members();
+    rows_.clear(view.length());
+    for (int32_t p : next_to_decode(view)) rows_.set(p - shift_);
+    committed_.for_each([&](int64_t p) { rows_.set(p); });
+    add_nucleus(importance_, config_.rollout_p, rows_, scratch_);
+    inflate(config_.inflate_w, rows_);
+    rows_.list(out.rows);
   }
 
   void observe(const SequenceView& view, const StepOutcome& outcome) override {
-    certainty_.resize(size_t(view.length()), 0.0);
+    if (view.step == 0) begin(view);
     for (const StepOutcome::Score& s : outcome.scores) certainty_[size_t(s.position)] = s.certainty;
-    committed_.assign(outcome.committed.begin(), outcome.committed.end());
+    committed_.clear(view.length());
+    for (int32_t p : outcome.committed) committed_.set(p);
     importance_.assign(outcome.importance.begin(), outcome.importance.end());
   }
 
   bool wants_all_scores() const override { return true; }
 
  private:
-  // The current_k best masked positions: the current block's first, then by certainty x density, then by position. The search
-  // ends with the block in which the current_k-th masked position lies.
-  std::vector<int32_t> next_to_decode(const SequenceView& view) const {
-    std::vector<int32_t> candidates;
-    view.masked.for_each([&](int64_t p) {
-      if (p < view.first_stop) candidates.push_back(int32_t(p));
-    });
+  // The current_k best masked positions, in no order: the current block's first, then by certainty x density, then by
+  // position. The search ends with the block in which the current_k-th masked position lies.
+  std::span<const int32_t> next_to_decode(const SequenceView& view) {
+    std::vector<int32_t>& candidates = scratch_;
+    view.masked.list(candidates);
+    std::erase_if(candidates, [&](int32_t p) { return p >= view.first_stop; });
     const size_t k = size_t(config_.current_k);
-    if (candidates.size() >= k) {
-      const int32_t end = end_of_block(view, candidates[k - 1]);
-      std::erase_if(candidates, [&](int32_t p) { return p >= end; });
-    }
-    const std::vector<double> density = certainty_density(view.editable, view.masked, config_.sigma);
+    if (candidates.size() < k) return candidates;
+    const int32_t end = end_of_block(view, candidates[k - 1]);
+    std::erase_if(candidates, [&](int32_t p) { return p >= end; });
+    const std::span<const double> density = density_->of(view.masked);
     const auto in_block = [&](int32_t p) {
       return std::binary_search(view.block.positions.begin(), view.block.positions.end(), p);
     };
-    const auto key = [&](int32_t p) { return std::tuple(!in_block(p), -certainty_[size_t(p)] * density[size_t(p)]); };
-    std::stable_sort(candidates.begin(), candidates.end(), [&](int32_t a, int32_t b) { return key(a) < key(b); });
-    candidates.resize(std::min(candidates.size(), k));
+    std::nth_element(
+        candidates.begin(), candidates.begin() + int64_t(k - 1), candidates.end(),
+        by_falling([&](int32_t p) { return std::pair(in_block(p), certainty_[size_t(p)] * density[size_t(p)]); }));
+    candidates.resize(k);
     return candidates;
   }
 
@@ -69,11 +71,22 @@ class D2CachePolicy final : public CachePolicy {
     return int32_t(std::min<int64_t>(view.prompt_length + (offset / length + 1) * length, view.length()));
   }
 
+  // Step 0 is over: memory for all that follows.
+  void begin(const SequenceView& view) {
+    density_.emplace(view.editable, config_.sigma);
+    certainty_.assign(size_t(view.length()), 0.0);
+    rows_.clear(view.length());
+    scratch_.reserve(size_t(view.length()));
+  }
+
   D2CacheConfig config_;
   int shift_;
+  std::optional<CertaintyDensity> density_;
   std::vector<double> certainty_;  // per position, when last computed
   std::vector<float> importance_;  // per position, of the last step
-  std::vector<int32_t> committed_;  // by the last step
+  Bitmap committed_;  // by the last step
+  Bitmap rows_;  // of the step being planned
+  std::vector<int32_t> scratch_;
 };
 
 }  // namespace

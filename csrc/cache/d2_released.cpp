@@ -9,10 +9,12 @@
 
 #include <algorithm>
 #include <limits>
+#include <optional>
 
 #include "cache/d2_rows.h"
 #include "cache/policy.h"
 #include "decode/density.h"
+#include "runtime/order.h"
 
 namespace dllm {
 
@@ -25,30 +27,27 @@ class ReleasedD2Cache final : public CachePolicy {
   void plan(const SequenceView& view, int, StepPlan& out) override {
     out.importance = true;
     if (view.step == 0) return plan_everything(view.length(), out);
-    Bitmap chosen(view.length()), rows(view.length());
-    for (int32_t p : next_to_decode(view)) chosen.set(p);
-    chosen.for_each([&](int64_t p) {
-      if (p - shift_ >= begin_) rows.set(p - shift_);
-    });
-    for (int32_t p : committed_) rows.set(p);
-    add_nucleus(importance_, config_.rollout_p, rows);
-    if (shift_) chosen.test(begin_) ? rows.set(begin_ - 1) : rows.reset(begin_ - 1);
-    inflate(config_.inflate_w, rows);
-    out.rows = rows.members();
+    rows_.clear(view.length());
+    bool first_is_chosen = false;
+    for (int32_t p : next_to_decode(view)) {
+      first_is_chosen |= p == begin_;
+      if (p - shift_ >= begin_) rows_.set(p - shift_);
+    }
+    committed_.for_each([&](int64_t p) { rows_.set(p); });
+    add_nucleus(importance_, config_.rollout_p, rows_, scratch_);
+    if (shift_) first_is_chosen ? rows_.set(begin_ - 1) : rows_.reset(begin_ - 1);
+    inflate(config_.inflate_w, rows_);
+    rows_.list(out.rows);
   }
 
   void observe(const SequenceView& view, const StepOutcome& outcome) override {
-    begin_ = view.prompt_length;
-    if (certainty_.empty()) {
-      certainty_.resize(size_t(view.length()), 0.0);
-      for (const StepOutcome::Score& s : outcome.scores) certainty_[size_t(s.position)] = s.certainty;
-    }
-    const std::vector<double> density = certainty_density(view.editable, view.masked, config_.sigma);
-    prior_.resize(size_t(view.length()));
+    if (view.step == 0) begin(view, outcome);
+    const std::span<const double> density = density_->of(view.masked);
     for (size_t p = 0; p < prior_.size(); ++p) prior_[p] = certainty_[p] * density[p];
     importance_.assign(outcome.importance.begin(), outcome.importance.end());
     block_.assign(outcome.eligible.begin(), outcome.eligible.end());
-    committed_.assign(outcome.committed.begin(), outcome.committed.end());
+    committed_.clear(view.length());
+    for (int32_t p : outcome.committed) committed_.set(p);
   }
 
   bool wants_all_scores() const override { return certainty_.empty(); }
@@ -71,17 +70,16 @@ class ReleasedD2Cache final : public CachePolicy {
     size_t count = 0;
     double highest = 0;
     for (size_t i = 0; i < batch.size(); ++i) {
-      const auto& other = static_cast<const ReleasedD2Cache&>(*batch[i]);
+      auto& other = static_cast<ReleasedD2Cache&>(*batch[i]);
       count = std::max(count, plans[i]->rows.size());
       for (int32_t p : other.spare_rows(*plans[i])) highest = std::max(highest, double(other.importance_[size_t(p)]));
     }
     for (size_t i = 0; i < batch.size(); ++i) {
-      const auto& other = static_cast<const ReleasedD2Cache&>(*batch[i]);
-      std::vector<int32_t> spare = other.spare_rows(*plans[i]);
-      const auto score = [&](int32_t p) {
-        return double(other.importance_[size_t(p)]) + (p >= begin_ ? highest + other.prior_[size_t(p)] : 0.0);
-      };
-      std::stable_sort(spare.begin(), spare.end(), [&](int32_t a, int32_t b) { return score(a) > score(b); });
+      auto& other = static_cast<ReleasedD2Cache&>(*batch[i]);
+      std::vector<int32_t>& spare = other.spare_rows(*plans[i]);
+      std::sort(spare.begin(), spare.end(), by_falling([&](int32_t p) {
+                  return double(other.importance_[size_t(p)]) + (p >= begin_ ? highest + other.prior_[size_t(p)] : 0.0);
+                }));
       std::vector<int32_t>& rows = plans[i]->rows;
       spare.resize(std::min(spare.size(), count - rows.size()));
       rows.insert(rows.end(), spare.begin(), spare.end());
@@ -90,23 +88,34 @@ class ReleasedD2Cache final : public CachePolicy {
   }
 
  private:
-  std::vector<int32_t> spare_rows(const StepPlan& plan) const {
-    std::vector<int32_t> spare;
+  // Step 0 is over: the certainties that count, and memory for all that follows.
+  void begin(const SequenceView& view, const StepOutcome& outcome) {
+    begin_ = view.prompt_length;
+    density_.emplace(view.editable, config_.sigma);
+    certainty_.assign(size_t(view.length()), 0.0);
+    for (const StepOutcome::Score& s : outcome.scores) certainty_[size_t(s.position)] = s.certainty;
+    prior_.resize(size_t(view.length()));
+    rows_.clear(view.length());
+    scratch_.reserve(size_t(view.length()));
+  }
+
+  std::vector<int32_t>& spare_rows(const StepPlan& plan) {
+    scratch_.clear();
     for (int32_t p = 0; p < int32_t(importance_.size()); ++p)
-      if (!std::binary_search(plan.rows.begin(), plan.rows.end(), p)) spare.push_back(p);
-    return spare;
+      if (!std::binary_search(plan.rows.begin(), plan.rows.end(), p)) scratch_.push_back(p);
+    return scratch_;
   }
 
   // The current_k masked positions of highest prior. The search begins with the last step's block and ends with a multiple
   // of its length, which is the number of positions that it could commit.
-  std::vector<int32_t> next_to_decode(const SequenceView& view) const {
+  std::span<const int32_t> next_to_decode(const SequenceView& view) {
     const int64_t k = config_.current_k, size = int64_t(block_.size());
-    std::vector<int32_t> masked = view.masked.members();
+    std::vector<int32_t>& masked = scratch_;
+    view.masked.list(masked);
     const int64_t last = int64_t(masked.size()) >= k ? masked[size_t(k - 1)] : view.length() - 1;
     const int64_t end = begin_ + ((last - begin_) / size + 1) * size;
     std::erase_if(masked, [&](int32_t p) { return p < block_.front() || p >= end; });
-    std::stable_sort(masked.begin(), masked.end(),
-                     [&](int32_t a, int32_t b) { return prior_[size_t(a)] > prior_[size_t(b)]; });
+    std::sort(masked.begin(), masked.end(), by_falling([&](int32_t p) { return prior_[size_t(p)]; }));
     masked.resize(std::min(masked.size(), size_t(k)));
     return masked;
   }
@@ -118,7 +127,11 @@ class ReleasedD2Cache final : public CachePolicy {
   std::vector<double> prior_;  // certainty x density after the last step, the block's raised
   std::vector<float> importance_;  // of the last step
   int32_t begin_ = 0;  // the first generated position
-  std::vector<int32_t> block_, committed_;  // of the last step: what it could commit, and did
+  std::vector<int32_t> block_;  // what the last step could commit
+  Bitmap committed_;  // what it did
+  Bitmap rows_;  // of the step being planned
+  std::optional<CertaintyDensity> density_;
+  std::vector<int32_t> scratch_;
 };
 
 }  // namespace

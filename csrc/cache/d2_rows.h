@@ -3,14 +3,16 @@
 
 #include <cstdint>
 #include <span>
+#include <vector>
 
 #include "runtime/bitmap.h"
 
 namespace dllm {
 
 // The nucleus of the positions not in `rows`: by falling importance (ties: lowest position), those whose cumulated share of
-// the total of all of them stays <= p, and always the first; all, where p is 1. Adds them to `rows`.
-void add_nucleus(std::span<const float> importance, double p, Bitmap& rows);
+// the total of all of them stays <= p, and always the first; all, where p is 1. Adds them to `rows`. `scratch` only keeps
+// its memory from call to call.
+void add_nucleus(std::span<const float> importance, double p, Bitmap& rows, std::vector<int32_t>& scratch);
 
 // Adds every position between two neighbours of the set that are at most `width` apart.
 void inflate(int64_t width, Bitmap& rows);

@@ -36,19 +36,19 @@ class DLLMCachePolicy final : public CachePolicy {
     f.n_verify = config_.rou > 0 ? int64_t(config_.rou * double(view.editable.count())) : -1;
 
     // Rows whose hidden state may be read, now or later.
-    Bitmap read(view.length());
-    view.masked.for_each([&](int64_t i) { read.set(i - shift_); });
+    read_.clear(view.length());
+    view.masked.for_each([&](int64_t i) { read_.set(i - shift_); });
     out.rows.clear();
     f.prompt_rows.clear();
     f.response_rows.clear();
     f.last_rows.clear();
     for (int32_t p = 0; p < view.length(); ++p) {
       const bool editable = view.editable.test(p);
-      if (!editable && t > 0 && !prompt_after_first && !read.test(p)) continue;
+      if (!editable && t > 0 && !prompt_after_first && !read_.test(p)) continue;
       const int32_t row = int32_t(out.rows.size());
       out.rows.push_back(p);
       (editable ? f.response_rows : f.prompt_rows).push_back(row);
-      if (read.test(p)) f.last_rows.push_back(row);
+      if (read_.test(p)) f.last_rows.push_back(row);
     }
   }
 
@@ -57,6 +57,7 @@ class DLLMCachePolicy final : public CachePolicy {
   int shift_;
   std::vector<bool> always_;  // per layer
   int64_t evaluations_[2] = {0, 0};
+  Bitmap read_;  // see plan()
 };
 
 }  // namespace

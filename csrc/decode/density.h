@@ -1,5 +1,10 @@
 // Certainty density (d2Cache, arXiv 2509.23094, eq. 3; normalised and padded as in github.com/Kamichanw/d2Cache): how much of
 // a position's neighbourhood is decided already.
+//
+// For the L positions from the lowest editable one on, with phi(d) = exp(-d^2 / (2 sigma^2)), sigma > 0,
+//   D(i) = sum_{j = -L}^{2L - 1} phi(i - j) known*(j)  /  sum_{d = -3L}^{3L - 1} phi(d)
+// known* is true left of the positions, inside where nothing is masked, and right of them if the last one is known.
+// Rounded to 40 bits, so that positions that lie alike have the same density.
 #pragma once
 
 #include <cstdint>
@@ -10,13 +15,19 @@
 
 namespace dllm {
 
-// For L = known.size() positions, with phi(d) = exp(-d^2 / (2 sigma^2)), sigma > 0,
-//   D(i) = sum_{j = -L}^{2L - 1} phi(i - j) known*(j)  /  sum_{d = -3L}^{3L - 1} phi(d)
-// known* is true left of the positions, known inside, and right of them true exactly if the last one is known. Rounded to 40
-// bits, so that positions that lie alike have the same density.
-std::vector<double> certainty_density(std::span<const uint8_t> known, double sigma);
+class CertaintyDensity {
+ public:
+  CertaintyDensity(const Bitmap& editable, double sigma);
 
-// The same for a canvas: [positions], from the lowest editable position on; 0 left of it. Known: not masked.
-std::vector<double> certainty_density(const Bitmap& editable, const Bitmap& masked, double sigma);
+  // Per position of the canvas, 0 left of the lowest editable one; valid until the next call.
+  std::span<const double> of(const Bitmap& masked);
+
+ private:
+  double between(int64_t first, int64_t last) const;  // phi(first) + ... + phi(last)
+
+  int64_t first_ = 0;  // the lowest editable position
+  std::vector<double> phi_, tail_;  // phi(d), and phi(d) + phi(d + 1) + ...
+  std::vector<double> density_;
+};
 
 }  // namespace dllm

@@ -3,7 +3,10 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <vector>
+
+#include "runtime/order.h"
 
 namespace dllm {
 
@@ -11,17 +14,13 @@ namespace {
 
 constexpr float kFiltered = -std::numeric_limits<float>::infinity();
 
-std::vector<int32_t> ids_by_logit(const float* logits, int64_t vocab) {
-  std::vector<int32_t> ids;
-  for (int64_t i = 0; i < vocab; ++i)
-    if (logits[i] != kFiltered) ids.push_back(int32_t(i));
-  std::stable_sort(ids.begin(), ids.end(), [&](int32_t a, int32_t b) { return logits[a] > logits[b]; });
-  return ids;
-}
-
 void keep_nucleus(float* logits, int64_t vocab, double top_p) {
-  const std::vector<int32_t> ids = ids_by_logit(logits, vocab);
+  thread_local std::vector<int32_t> ids;
+  ids.resize(size_t(vocab));
+  std::iota(ids.begin(), ids.end(), 0);
+  std::erase_if(ids, [&](int32_t i) { return logits[i] == kFiltered; });
   if (ids.empty()) return;
+  std::sort(ids.begin(), ids.end(), by_falling([&](int32_t i) { return logits[i]; }));
   const double best = logits[ids[0]];
   double total = 0;
   for (int32_t i : ids) total += std::exp(logits[i] - best);
@@ -35,7 +34,8 @@ void keep_nucleus(float* logits, int64_t vocab, double top_p) {
 
 void keep_top_k(float* logits, int64_t vocab, int64_t k) {
   if (k >= vocab) return;
-  std::vector<float> sorted(logits, logits + vocab);
+  thread_local std::vector<float> sorted;
+  sorted.assign(logits, logits + vocab);
   std::nth_element(sorted.begin(), sorted.begin() + (k - 1), sorted.end(), std::greater<float>());
   const float kth = sorted[size_t(k - 1)];
   for (int64_t i = 0; i < vocab; ++i)

@@ -21,6 +21,7 @@ void KlHistory::update(int32_t position, const float* logits, int64_t vocab, dou
   }
   t.logits.assign(logits, logits + vocab);
   t.log_sum_exp = log_sum_exp;
+  t.divergences.reserve(size_t(length_));
   if (int64_t(t.divergences.size()) == length_) t.divergences.erase(t.divergences.begin());
   t.divergences.push_back(divergence);
 }

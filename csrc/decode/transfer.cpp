@@ -5,6 +5,7 @@
 #include <numeric>
 
 #include "decode/schedule.h"
+#include "runtime/order.h"
 
 namespace dllm {
 
@@ -14,21 +15,10 @@ double selection_uniform(const GenerationConfig& c, uint32_t step, int32_t posit
   return philox_uniform({c.seed, step, uint32_t(position)}, 0, NoiseStream::Selection);
 }
 
-// Proposals by falling score; equal scores by position.
-std::vector<int32_t> order_by(std::span<const double> score) {
-  std::vector<int32_t> order(score.size());
-  std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return score[a] > score[b]; });
-  return order;
-}
-
-// Drawing n positions without replacement by softmax(score / alg_temp) is taking the n largest of score / alg_temp +
-// Gumbel noise (Efraimidis and Spirakis 2006; Kool et al. 2019).
-std::vector<double> scores_of(const GenerationConfig& c, const StepPosition& at, std::span<const Proposal> proposals) {
-  std::vector<double> score;
-  for (const Proposal& p : proposals)
-    score.push_back(c.alg_temp ? p.score / *c.alg_temp + gumbel(selection_uniform(c, at.step, p.position)) : p.score);
-  return score;
+// What positions are ordered by: the score. Drawing n positions without replacement by softmax(score / alg_temp) is taking
+// the n largest of score / alg_temp + Gumbel noise (Efraimidis and Spirakis 2006; Kool et al. 2019).
+double order_key(const GenerationConfig& c, const StepPosition& at, const Proposal& p) {
+  return c.alg_temp ? p.score / *c.alg_temp + gumbel(selection_uniform(c, at.step, p.position)) : p.score;
 }
 
 int64_t count_by_steps(const GenerationConfig& c, const StepPosition& at) {
@@ -41,39 +31,29 @@ int64_t count_by_steps(const GenerationConfig& c, const StepPosition& at) {
 // What threshold and factor compare: the confidence. The released d2Cache harness compares the score.
 double compared(const GenerationConfig& c, const Proposal& p) { return c.reference_quirks ? p.score : p.confidence; }
 
-// The stable proposals by falling compared value.
-std::vector<int32_t> order_of_stable(const GenerationConfig& c, std::span<const Proposal> proposals) {
-  std::vector<double> value;
-  for (const Proposal& p : proposals) value.push_back(compared(c, p));
-  std::vector<int32_t> order = order_by(value);
-  std::erase_if(order, [&](int32_t i) { return !proposals[size_t(i)].stable; });
-  return order;
-}
-
-std::vector<int32_t> choose_by_threshold(const GenerationConfig& c, std::span<const Proposal> proposals) {
-  std::vector<int32_t> chosen;
+void choose_by_threshold(const GenerationConfig& c, std::span<const Proposal> proposals, std::vector<int32_t>& chosen) {
   for (size_t i = 0; i < proposals.size(); ++i)
     if (proposals[i].stable && compared(c, proposals[i]) >= c.effective_threshold()) chosen.push_back(int32_t(i));
-  return chosen;
 }
 
 // Fast-dLLM (arXiv 2505.22618, Theorem 1 and section 3.3): the largest n such that (k + 1)(1 - c_k) < f for every k <= n.
 // The released code of Fast-dLLM commits one more where the last candidate fails; this is the stated rule. The harness of
 // d2Cache commits one less where none fails.
-std::vector<int32_t> choose_by_factor(const GenerationConfig& c, std::span<const Proposal> proposals) {
-  std::vector<int32_t> order = order_of_stable(c, proposals);
+void choose_by_factor(const GenerationConfig& c, std::span<const Proposal> proposals, std::vector<int32_t>& chosen) {
+  const auto value = [&](int32_t i) { return compared(c, proposals[size_t(i)]); };
+  for (size_t i = 0; i < proposals.size(); ++i)
+    if (proposals[i].stable) chosen.push_back(int32_t(i));
+  std::sort(chosen.begin(), chosen.end(), by_falling(value));
   size_t n = 0;
-  while (n < order.size() && double(n + 2) * (1.0 - compared(c, proposals[size_t(order[n])])) < *c.factor) ++n;
-  if (c.reference_quirks && n == order.size() && n > 0) --n;
-  order.resize(n);
-  return order;
+  while (n < chosen.size() && double(n + 2) * (1.0 - value(chosen[n])) < *c.factor) ++n;
+  if (c.reference_quirks && n == chosen.size() && n > 0) --n;
+  chosen.resize(n);
 }
 
 // EB-sampler (arXiv 2505.24857): the longest prefix in order of score with sum H - max H <= gamma. The released d2Cache
 // harness takes the maximum over the batch instead, which for one sequence is the newest entropy.
-std::vector<int32_t> choose_by_entropy_bound(const GenerationConfig& c, std::span<const Proposal> proposals,
-                                             std::span<const int32_t> order) {
-  std::vector<int32_t> chosen;
+void choose_by_entropy_bound(const GenerationConfig& c, std::span<const Proposal> proposals,
+                             std::span<const int32_t> order, std::vector<int32_t>& chosen) {
   double sum = 0, highest = 0;
   for (int32_t i : order) {
     const double h = proposals[size_t(i)].entropy;
@@ -82,12 +62,11 @@ std::vector<int32_t> choose_by_entropy_bound(const GenerationConfig& c, std::spa
     if (sum - highest > *c.gamma) break;
     chosen.push_back(i);
   }
-  return chosen;
 }
 
 // Left to right: a prefix of the run of neighbours that begins at the first masked position.
-std::vector<int32_t> choose_leading(const GenerationConfig& c, const StepPosition& at,
-                                    std::span<const Proposal> proposals) {
+void choose_leading(const GenerationConfig& c, const StepPosition& at, std::span<const Proposal> proposals,
+                    std::vector<int32_t>& chosen) {
   int64_t run = std::min<int64_t>(1, int64_t(proposals.size()));
   while (run < int64_t(proposals.size()) && proposals[size_t(run)].position == proposals[size_t(run - 1)].position + 1)
     ++run;
@@ -99,19 +78,16 @@ std::vector<int32_t> choose_leading(const GenerationConfig& c, const StepPositio
   else if (c.reference_quirks)
     n = run;
   const int64_t least = c.rule() == TransferRule::Steps && !c.num_transfer_tokens ? 0 : c.min_transfer();
-  std::vector<int32_t> chosen(size_t(std::min(std::max(n, least), run)));
+  chosen.resize(size_t(std::min(std::max(n, least), run)));
   std::iota(chosen.begin(), chosen.end(), 0);
-  return chosen;
 }
 
-std::vector<int32_t> select_origin(const GenerationConfig& c, const StepPosition& at,
-                                   std::span<const Proposal> proposals) {
+void choose_each_by_itself(const GenerationConfig& c, const StepPosition& at, std::span<const Proposal> proposals,
+                           std::vector<int32_t>& chosen) {
   const int64_t steps = c.steps_per_block();
   const double p = at.step_in_block >= steps ? 1.0 : dream_transfer_probability(c.eps, steps, at.step_in_block);
-  std::vector<int32_t> chosen;
   for (size_t i = 0; i < proposals.size(); ++i)
     if (p >= 1.0 || selection_uniform(c, at.step, proposals[i].position) < p) chosen.push_back(int32_t(i));
-  return chosen;
 }
 
 }  // namespace
@@ -170,37 +146,48 @@ Proposal propose(const GenerationConfig& c, const ModelSpec& spec, int32_t posit
   return {position, s.sampled_id, confidence, score, s.entropy};
 }
 
-std::vector<int32_t> select_transfers(const GenerationConfig& c, const StepPosition& at,
-                                      std::span<const Proposal> proposals) {
-  if (c.remasking == Remasking::Origin) return select_origin(c, at, proposals);
-  if (c.autoregressive) return choose_leading(c, at, proposals);
-  std::vector<int32_t> order = order_by(scores_of(c, at, proposals));
-  std::vector<int32_t> chosen;
+std::span<const int32_t> TransferSelector::select(const GenerationConfig& c, const StepPosition& at,
+                                                  std::span<const Proposal> proposals) {
+  const size_t n = proposals.size();
+  chosen_.clear();
+  chosen_.reserve(n);
+  if (c.remasking == Remasking::Origin) {
+    choose_each_by_itself(c, at, proposals, chosen_);
+    return chosen_;
+  }
+  if (c.autoregressive) {
+    choose_leading(c, at, proposals, chosen_);
+    return chosen_;
+  }
+
+  key_.resize(n);
+  for (size_t i = 0; i < n; ++i) key_[i] = order_key(c, at, proposals[i]);
+  order_.resize(n);
+  std::iota(order_.begin(), order_.end(), 0);
+  std::sort(order_.begin(), order_.end(), by_falling([&](int32_t i) { return key_[size_t(i)]; }));
+
   int64_t least = c.min_transfer();
   switch (c.rule()) {
     case TransferRule::Steps:
       least = std::max(count_by_steps(c, at), c.num_transfer_tokens.value_or(0));
       break;
     case TransferRule::Threshold:
-      chosen = choose_by_threshold(c, proposals);
+      choose_by_threshold(c, proposals, chosen_);
       break;
     case TransferRule::Factor:
-      chosen = choose_by_factor(c, proposals);
+      choose_by_factor(c, proposals, chosen_);
       break;
     case TransferRule::Gamma:
-      chosen = choose_by_entropy_bound(c, proposals, order);
+      choose_by_entropy_bound(c, proposals, order_, chosen_);
       break;
     case TransferRule::Count:
       break;
   }
   // KLASS falls back only where its filter leaves nothing; the other rules promise `least`.
-  const bool enough = c.kl_threshold ? !chosen.empty() : int64_t(chosen.size()) >= least;
-  if (!enough) {
-    order.resize(size_t(std::min(least, int64_t(order.size()))));
-    chosen = order;
-  }
-  std::sort(chosen.begin(), chosen.end());
-  return chosen;
+  const bool enough = c.kl_threshold ? !chosen_.empty() : int64_t(chosen_.size()) >= least;
+  if (!enough) chosen_.assign(order_.begin(), order_.begin() + std::min(least, int64_t(n)));
+  std::sort(chosen_.begin(), chosen_.end());
+  return chosen_;
 }
 
 }  // namespace dllm

@@ -43,10 +43,19 @@ double certainty(const GenerationConfig& config, double confidence);
 Proposal propose(const GenerationConfig& config, const ModelSpec& spec, int32_t position, uint32_t step,
                  const ops::RowStats& stats, const ScoreContext& context);
 
-// Indices into `proposals` (ascending positions) to commit, ascending. Never empty where a rule promises progress; may be
-// empty under the Dream schedule, whose counts are truncated. Ties in confidence go to the lowest position.
-std::vector<int32_t> select_transfers(const GenerationConfig& config, const StepPosition& at,
-                                      std::span<const Proposal> proposals);
+// Chooses what to commit; keeps the memory of its lists from step to step.
+class TransferSelector {
+ public:
+  // Indices into `proposals` (ascending positions) to commit, ascending; valid until the next call. Never empty where a
+  // rule promises progress; may be empty under the Dream schedule, whose counts are truncated. Ties in confidence go to
+  // the lowest position. A call with no more proposals than one before takes no memory.
+  std::span<const int32_t> select(const GenerationConfig& config, const StepPosition& at,
+                                  std::span<const Proposal> proposals);
+
+ private:
+  std::vector<double> key_;  // per proposal, what it is ordered by
+  std::vector<int32_t> order_, chosen_;
+};
 
 // The statistics pass that the config asks for.
 ops::RowStatsParams stats_params(const GenerationConfig& config, const ModelSpec& spec);

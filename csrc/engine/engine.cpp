@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "decode/filters.h"
+#include "runtime/buffer.h"
 #include "runtime/error.h"
 #include "runtime/parallel.h"
 
@@ -91,13 +92,17 @@ std::vector<Result> Engine::generate(const std::vector<std::vector<int32_t>>& pr
   const bool fixed_groups = config.reference_quirks && config.cache == CacheKind::D2;
   std::vector<Result> results(prompts.size());
   std::vector<std::unique_ptr<Sequence>> running;
-  std::vector<Sequence*> active;
   size_t next = 0;
+  bytes_taken_ = buffers_taken().bytes;
   while (next < prompts.size() || !running.empty()) {
-    if (!fixed_groups || running.empty())
+    if ((!fixed_groups || running.empty()) && next < prompts.size()) {
       for (; next < prompts.size() && int64_t(running.size()) < options.batch_size; ++next)
         running.push_back(
             std::make_unique<Sequence>(int64_t(next), prompts[next], options.infill, config, spec_, weights_.dtype));
+      StepSize most;
+      for (const auto& s : running) most.add(s->largest_step());
+      reserve(most, config);
+    }
     std::erase_if(running, [&](const std::unique_ptr<Sequence>& s) {
       const bool finished = !s->advance();
       if (finished) results[size_t(s->index())] = s->take_result();
@@ -106,35 +111,51 @@ std::vector<Result> Engine::generate(const std::vector<std::vector<int32_t>>& pr
     if (running.empty()) continue;
     int64_t block = running[0]->block();
     for (const auto& s : running) block = std::min(block, s->block());
-    active.clear();
+    active_.clear();
     for (const auto& s : running)
-      if (!fixed_groups || s->block() == block) active.push_back(s.get());
-    step(active, config, options);
+      if (!fixed_groups || s->block() == block) active_.push_back(s.get());
+    step(config, options);
   }
   return results;
 }
 
-void Engine::step(const std::vector<Sequence*>& active, const GenerationConfig& config,
-                  const GenerateOptions& options) {
+// Memory for every step until another sequence begins: the steps themselves take none.
+void Engine::reserve(const StepSize& most, const GenerationConfig& config) {
+  transformer_.reserve(most);
+  input_.reserve(most);
+  active_.reserve(size_t(most.sequences));
+  policies_.reserve(size_t(most.sequences));
+  plans_.reserve(size_t(most.sequences));
+  keys_.reserve(size_t(most.out_rows));
+  stats_.reserve(size_t(most.out_rows));
+  if (!config.reference_quirks) return;
+  blank_stats_.reserve(size_t(most.out_rows));
+  blank_logits_.assign(size_t(spec_.vocab_size), 0.0f);
+  filter_row(blank_logits_.data(), spec_.vocab_size, config, stats_params(config, spec_));
+}
+
+void Engine::step(const GenerationConfig& config, const GenerateOptions& options) {
   if (options.interrupt && *options.interrupt) fail<Interrupted>("generation was interrupted");
   const auto begin = Clock::now();
   input_.clear();
-  std::vector<CachePolicy*> policies;
-  std::vector<StepPlan*> plans;
-  for (Sequence* s : active) {
-    plans.push_back(&s->plan_step());
-    policies.push_back(&s->policy());
+  policies_.clear();
+  plans_.clear();
+  for (Sequence* s : active_) {
+    plans_.push_back(&s->plan_step());
+    policies_.push_back(&s->policy());
   }
-  policies[0]->plan_together(policies, plans);
-  for (Sequence* s : active) s->append_rows(input_);
-  evaluate(active, config);
+  policies_[0]->plan_together(policies_, plans_);
+  for (Sequence* s : active_) s->append_rows(input_);
+  evaluate(config);
   const double seconds = std::chrono::duration<double>(Clock::now() - begin).count();
+  const int64_t taken = buffers_taken().bytes, new_bytes = taken - std::exchange(bytes_taken_, taken);
 
   size_t stream = 0;  // this sequence's first entry of input_.sequences
   const ops::RowStats *reads = stats_.data(), *blanks = blank_stats_.data();
-  for (Sequence* s : active) {
+  for (Sequence* s : active_) {
     StepStats counters;
     counters.seconds = seconds;
+    counters.buffer_bytes = new_bytes;
     counters.weight_bytes = transformer_.weight_bytes();
     counters.logit_rows = int64_t(s->reads().size()) * s->evaluated_streams();
     const std::span<const float> importance =
@@ -148,39 +169,38 @@ void Engine::step(const std::vector<Sequence*>& active, const GenerationConfig& 
       counters.selection_seconds += work.selection_seconds;
       counters.attention_pairs += work.attention_pairs;
     }
-    StepEvent event;
-    s->commit(reads, blanks, importance, counters, event);
+    const StepEvent& event = s->commit(reads, blanks, importance, counters);
     reads += s->reads().size();
     blanks += s->blanks().size();
     if (options.on_step && !options.on_step(event)) fail<Interrupted>("on_step asked to stop the generation");
   }
-  policies[0]->observe_together(policies);
+  policies_[0]->observe_together(policies_);
 }
 
 // Statistics of every active sequence's reads, in order, then of its blanks.
-void Engine::evaluate(const std::vector<Sequence*>& active, const GenerationConfig& config) {
+void Engine::evaluate(const GenerationConfig& config) {
   keys_.clear();
-  for (const Sequence* s : active)
+  for (const Sequence* s : active_)
     for (int32_t p : s->reads()) keys_.push_back(s->key(p));
   stats_.resize(keys_.size());
   transformer_.forward(input_);
   if (config.needs_logits())
-    combine_logits(active, config);
+    combine_logits(config);
   else
     transformer_.row_stats(stats_params(config, spec_), keys_.data(), stats_.data());
-  require_finite(active);
-  if (config.reference_quirks) fill_blanks(active, config);
+  require_finite();
+  if (config.reference_quirks) fill_blanks(config);
 }
 
 // The path with whole logits rows: guidance, then filters, then the same statistics.
-void Engine::combine_logits(const std::vector<Sequence*>& active, const GenerationConfig& config) {
+void Engine::combine_logits(const GenerationConfig& config) {
   const ops::RowStatsParams params = stats_params(config, spec_), filtered = filtered_params(config, spec_);
   const int64_t vocab = spec_.vocab_size;
   int64_t ld = 0;
   float* logits = transformer_.logits(ld);
   ops::RowStats* out = stats_.data();
   const NoiseKey* keys = keys_.data();
-  for (Sequence* s : active) {
+  for (Sequence* s : active_) {
     const int64_t n = int64_t(s->reads().size());
     parallel_for(n, 1, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
@@ -199,34 +219,33 @@ void Engine::combine_logits(const std::vector<Sequence*>& active, const Generati
 }
 
 // reference_quirks: positions that were not computed count as logits of zero.
-void Engine::fill_blanks(const std::vector<Sequence*>& active, const GenerationConfig& config) {
-  std::vector<float> row(size_t(spec_.vocab_size), 0.0f);
-  filter_row(row.data(), spec_.vocab_size, config, stats_params(config, spec_));
+void Engine::fill_blanks(const GenerationConfig& config) {
+  const float* row = blank_logits_.data();
   const ops::RowStatsParams params = filtered_params(config, spec_);
   blank_stats_.clear();
-  for (Sequence* s : active)
+  for (Sequence* s : active_)
     for (int32_t p : s->blanks()) {
       const NoiseKey key = s->key(p);
       ops::RowStats stats;
       if (blank_stats_.empty() || config.temperature > 0)
-        ops::row_stats(row.data(), 1, spec_.vocab_size, spec_.vocab_size, params, &key, &stats);
+        ops::row_stats(row, 1, spec_.vocab_size, spec_.vocab_size, params, &key, &stats);
       else
         stats = blank_stats_.back();  // without noise they are all alike
       blank_stats_.push_back(stats);
-      s->note_distribution(p, row.data(), stats.log_sum_exp);
+      s->note_distribution(p, row, stats.log_sum_exp);
     }
 }
 
 // A NaN or an infinity must not be decoded as if it were an answer, nor choose rows. The failed step is run once more with
 // checks between the layers, to find where it began: the rows it writes hold the same values, or, where kept values are
 // compared (dLLM-Cache), values that are not finite either.
-void Engine::require_finite(const std::vector<Sequence*>& active) {
+void Engine::require_finite() {
   bool ok = std::all_of(stats_.begin(), stats_.end(), [](const ops::RowStats& s) { return s.finite; });
   for (size_t i = 0; i < input_.sequences.size(); ++i)
     if (input_.sequences[i].importance)
       for (float c : transformer_.importance(i)) ok = ok && std::isfinite(c);
   if (ok) return;
-  const std::string where = "at step " + std::to_string(active[0]->step()) + ": ";
+  const std::string where = "at step " + std::to_string(active_[0]->step()) + ": ";
   try {
     transformer_.forward(input_, /*check_finite=*/true);
   } catch (const NumericalError& e) {

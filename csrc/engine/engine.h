@@ -47,11 +47,12 @@ class Engine {
   Engine(std::unique_ptr<Checkpoint> checkpoint, DType dtype, Quantization quantization, const LoadProgress& progress);
   void check_prompt(size_t index, const std::vector<int32_t>& prompt, const GenerationConfig& config,
                     bool infill) const;
-  void step(const std::vector<Sequence*>& active, const GenerationConfig& config, const GenerateOptions& options);
-  void evaluate(const std::vector<Sequence*>& active, const GenerationConfig& config);
-  void combine_logits(const std::vector<Sequence*>& active, const GenerationConfig& config);
-  void fill_blanks(const std::vector<Sequence*>& active, const GenerationConfig& config);
-  void require_finite(const std::vector<Sequence*>& active);
+  void reserve(const StepSize& most, const GenerationConfig& config);
+  void step(const GenerationConfig& config, const GenerateOptions& options);
+  void evaluate(const GenerationConfig& config);
+  void combine_logits(const GenerationConfig& config);
+  void fill_blanks(const GenerationConfig& config);
+  void require_finite();
 
   ModelSpec spec_;
   Weights weights_;
@@ -61,9 +62,14 @@ class Engine {
   std::atomic<std::thread::id> running_;
 
   // Of the step in progress; kept so that their memory is reused.
+  std::vector<Sequence*> active_;  // the sequences that take part
+  std::vector<CachePolicy*> policies_;
+  std::vector<StepPlan*> plans_;
   StepInput input_;
   std::vector<NoiseKey> keys_;
   std::vector<ops::RowStats> stats_, blank_stats_;  // of the sequences' reads() and blanks(), one after the other
+  std::vector<float> blank_logits_;  // reference_quirks: [vocab], filtered
+  int64_t bytes_taken_ = 0;  // buffers_taken() when the step before ended
 };
 
 }  // namespace dllm

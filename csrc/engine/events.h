@@ -29,6 +29,7 @@ struct StepStats {
   int64_t attention_pairs = 0;  // query rows x keys, summed over layers
   int64_t weight_bytes = 0;  // packed weights read by the step, shared by all sequences that ran in it
   int64_t commits = 0;  // positions committed
+  int64_t buffer_bytes = 0;  // taken for slabs and scratch since the step before, by the whole process
   double seconds = 0;  // wall time of the step, all sequences that ran in it
   double selection_seconds = 0;  // of this sequence, spent choosing rows: densities, rollout, similarities, sorting
 };

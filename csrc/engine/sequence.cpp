@@ -2,7 +2,6 @@
 
 #include <algorithm>
 
-#include "decode/density.h"
 #include "decode/filters.h"
 #include "runtime/stopwatch.h"
 
@@ -35,6 +34,44 @@ Sequence::Sequence(int64_t index, const std::vector<int32_t>& prompt, bool infil
   }
   if (config.dllm.cfg_interval_steps > 1) guidance_.resize(size_t(length));
   if (config.kl_threshold) history_.emplace(length, config.kl_history_length, config.reference_quirks);
+  if (config.prior_sigma() > 0) prior_.emplace(canvas_.editable, config.prior_sigma());
+  reserve();
+}
+
+// What else a step needs, the policy and the transformer aside, is as large in the first step as it ever gets.
+void Sequence::reserve() {
+  const auto editable = size_t(canvas_.editable.count());
+  for (std::vector<int32_t>* list :
+       {&block_positions_, &eligible_, &reads_, &blanks_, &event_.positions, &event_.token_ids})
+    list->reserve(editable);
+  proposals_.reserve(editable);
+  scores_.reserve(editable);
+  result_.prompt_ids.reserve(size_t(canvas_.prompt_length));
+  result_.token_ids.reserve(size_t(config_.gen_length));
+  result_.commit_steps.reserve(size_t(config_.gen_length));
+  // A step commits something, or its schedule says that it need not. Millions of steps may be asked for: beyond some
+  // thousands the list grows by doubling.
+  constexpr size_t kMostSteps = 1 << 14;
+  result_.steps.reserve(std::min(editable + size_t(config_.steps.value_or(0)), kMostSteps));
+}
+
+// Whether a step reads the logits of every masked position that it computes, not only of those that it may commit.
+bool Sequence::reads_every_mask() const {
+  return policy_->wants_all_scores() || history_ || (!guidance_.empty() && evaluated_ == 2);
+}
+
+StepSize Sequence::largest_step() const {
+  const int64_t length = canvas_.length(), editable = canvas_.editable.count(), streams = int64_t(streams_.size());
+  const int64_t given = editable - config_.gen_length;  // infills of the prompt, which the first block owns
+  const bool all = reads_every_mask() || !guidance_.empty();
+  const int64_t reads = all ? editable : std::min(editable, given + config_.block_length);
+  return {.rows = length * streams,
+          .out_rows = reads * streams,
+          .sequences = streams,
+          .keys = length,
+          .logits = config_.needs_logits(),
+          .features = config_.cache == CacheKind::DLLM,
+          .importance = config_.cache == CacheKind::D2};
 }
 
 bool Sequence::advance() {
@@ -91,7 +128,7 @@ StepPlan& Sequence::plan_step() {
   const bool guided = at_.step < 5 || at_.step % interval == 0;
   evaluated_ = guided ? int64_t(streams_.size()) : 1;
   for (int64_t i = 0; i < evaluated_; ++i) policy_->plan(view(), int(i), streams_[size_t(i)].plan);
-  if (config_.prior_sigma() > 0) density_ = certainty_density(canvas_.editable, canvas_.masked, config_.prior_sigma());
+  if (prior_) density_ = prior_->of(canvas_.masked);
   return streams_[0].plan;
 }
 
@@ -107,14 +144,13 @@ bool Sequence::computes_everything() const {
 void Sequence::append_rows(StepInput& in) {
   reads_.clear();
   blanks_.clear();
-  const bool all = policy_->wants_all_scores() || history_ || (!guidance_.empty() && evaluated_ == 2);
   const auto read = [&](int32_t p) {
     if (is_computed(p))
       reads_.push_back(p);
     else if (config_.reference_quirks && (history_ || std::binary_search(eligible_.begin(), eligible_.end(), p)))
       blanks_.push_back(p);
   };
-  if (all)
+  if (reads_every_mask())
     canvas_.masked.for_each([&](int64_t p) {
       if (p < first_stop_ || config_.reference_quirks) read(int32_t(p));
     });
@@ -164,48 +200,55 @@ void Sequence::note_stop(int32_t position, int32_t token) {
   if (std::find(spec_.stop_ids.begin(), end, token) != end) first_stop_ = std::min(first_stop_, position);
 }
 
-std::vector<Proposal> Sequence::propose_all(std::span<const int32_t> positions, const ops::RowStats* stats) const {
-  std::vector<Proposal> out;
+void Sequence::propose_all(std::span<const int32_t> positions, const ops::RowStats* stats) {
   for (size_t i = 0; i < positions.size(); ++i) {
     const int32_t p = positions[i];
     const ScoreContext context{density_.empty() ? 1.0 : density_[size_t(p)], p - block_positions_.front()};
-    out.push_back(propose(config_, spec_, p, at_.step, stats[i], context));
-    if (history_) out.back().stable = history_->stable(p, *config_.kl_threshold);
+    proposals_.push_back(propose(config_, spec_, p, at_.step, stats[i], context));
+    if (history_) proposals_.back().stable = history_->stable(p, *config_.kl_threshold);
   }
-  return out;
 }
 
-void Sequence::commit(const ops::RowStats* reads, const ops::RowStats* blanks, std::span<const float> importance,
-                      StepStats counters, StepEvent& event) {
-  const std::vector<Proposal> computed = propose_all(reads_, reads), uncomputed = propose_all(blanks_, blanks);
-  std::vector<Proposal> proposals;
-  std::merge(computed.begin(), computed.end(), uncomputed.begin(), uncomputed.end(), std::back_inserter(proposals),
-             [](const Proposal& a, const Proposal& b) { return a.position < b.position; });
-  std::erase_if(proposals,
+const StepEvent& Sequence::commit(const ops::RowStats* reads, const ops::RowStats* blanks,
+                                  std::span<const float> importance, StepStats counters) {
+  proposals_.clear();
+  scores_.clear();
+  propose_all(reads_, reads);
+  if (policy_->wants_all_scores())
+    for (const Proposal& p : proposals_) scores_.push_back({p.position, certainty(config_, p.confidence)});
+  propose_all(blanks_, blanks);
+  if (!blanks_.empty())
+    std::sort(proposals_.begin(), proposals_.end(),
+              [](const Proposal& a, const Proposal& b) { return a.position < b.position; });
+  std::erase_if(proposals_,
                 [&](const Proposal& p) { return !std::binary_search(eligible_.begin(), eligible_.end(), p.position); });
 
-  event = {index_, int64_t(at_.step), block_, {}, {}, int64_t(streams_[0].plan.rows.size()), computes_everything()};
-  for (int32_t i : select_transfers(config_, at_, proposals)) {
-    const Proposal& p = proposals[size_t(i)];
+  event_.sequence = index_;
+  event_.step = int64_t(at_.step);
+  event_.block = block_;
+  event_.positions.clear();
+  event_.token_ids.clear();
+  event_.rows = int64_t(streams_[0].plan.rows.size());
+  event_.is_full = computes_everything();
+  for (int32_t i : selector_.select(config_, at_, proposals_)) {
+    const Proposal& p = proposals_[size_t(i)];
     canvas_.tokens[size_t(p.position)] = p.token;
     canvas_.masked.reset(p.position);
     commit_step_[size_t(p.position)] = int64_t(at_.step);
     note_stop(p.position, p.token);
     if (history_) history_->forget(p.position);
     if (!guidance_.empty()) guidance_[size_t(p.position)] = {};
-    event.positions.push_back(p.position);
-    event.token_ids.push_back(p.token);
+    event_.positions.push_back(p.position);
+    event_.token_ids.push_back(p.token);
   }
-  std::vector<StepOutcome::Score> scores;
-  if (policy_->wants_all_scores())
-    for (const Proposal& p : computed) scores.push_back({p.position, certainty(config_, p.confidence)});
-  policy_->observe(view(), {scores, eligible_, event.positions, importance});
+  policy_->observe(view(), {scores_, eligible_, event_.positions, importance});
   counters.selection_seconds += selection_seconds_;
-  counters.commits = int64_t(event.positions.size());
+  counters.commits = int64_t(event_.positions.size());
   result_.steps.push_back(counters);
   result_.nfe += evaluated_;
   ++at_.step;
   ++at_.step_in_block;
+  return event_;
 }
 
 Result Sequence::take_result() {

@@ -9,6 +9,7 @@
 #include "cache/feature_cache.h"
 #include "cache/kv_cache.h"
 #include "cache/policy.h"
+#include "decode/density.h"
 #include "decode/kl_history.h"
 #include "decode/transfer.h"
 #include "engine/canvas.h"
@@ -20,8 +21,10 @@ namespace dllm {
 class Sequence {
  public:
   // infill: prompt positions that hold the mask id are editable.
+  // All memory that its steps need is taken here or by the first of them.
   Sequence(int64_t index, const std::vector<int32_t>& prompt, bool infill, const GenerationConfig& config,
            const ModelSpec& spec, DType dtype);
+  StepSize largest_step() const;
 
   // Moves on to the next block with something to decide; false when the sequence is finished.
   bool advance();
@@ -48,9 +51,9 @@ class Sequence {
   // KLASS: the row's distribution, after guidance and filters. Different positions may be noted at the same time.
   void note_distribution(int32_t position, const float* logits, double log_sum_exp);
 
-  // Commits by the statistics of reads() and blanks() and fills `event`. The caller has checked that they are finite.
-  void commit(const ops::RowStats* reads, const ops::RowStats* blanks, std::span<const float> importance,
-              StepStats counters, StepEvent& event);
+  // Commits by the statistics of reads() and blanks(), which the caller has checked to be finite, and says what it did.
+  const StepEvent& commit(const ops::RowStats* reads, const ops::RowStats* blanks, std::span<const float> importance,
+                          StepStats counters);
 
   Result take_result();
 
@@ -61,13 +64,15 @@ class Sequence {
     StepPlan plan;
   };
 
+  void reserve();
+  bool reads_every_mask() const;
   void begin_block();
   void find_eligible();
   void note_stop(int32_t position, int32_t token);
   SequenceView view() const;
   bool is_computed(int32_t position) const;
   bool computes_everything() const;
-  std::vector<Proposal> propose_all(std::span<const int32_t> positions, const ops::RowStats* stats) const;
+  void propose_all(std::span<const int32_t> positions, const ops::RowStats* stats);
 
   int64_t index_;
   const GenerationConfig& config_;
@@ -83,9 +88,14 @@ class Sequence {
   std::vector<int32_t> block_positions_;  // ascending
   int32_t block_begin_ = 0;  // first generated position
   StepPosition at_{};
-  std::vector<double> density_;  // per position, where a certainty prior is in force
+  std::optional<CertaintyDensity> prior_;
+  std::span<const double> density_;  // per position, where a certainty prior is in force
   std::vector<int32_t> eligible_;  // masked positions that this step may commit, ascending
   std::vector<int32_t> reads_, blanks_;  // ascending
+  std::vector<Proposal> proposals_;
+  std::vector<StepOutcome::Score> scores_;
+  TransferSelector selector_;
+  StepEvent event_{};  // of the last step
   int32_t first_stop_;  // lowest generated position with a committed stop id, or the canvas length
 
   double selection_seconds_ = 0;  // of this step, outside the model

@@ -1,6 +1,7 @@
 // What one step gives the transformer: rows of several sequences, packed one after the other without padding.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <span>
 #include <vector>
@@ -29,6 +30,23 @@ struct LayerFeatures {
   ops::FeatureSlab attention, mlp;
 };
 
+// How large a step may get: what memory is reserved for before it is needed.
+struct StepSize {
+  int64_t rows = 0, out_rows = 0, sequences = 0;  // of StepInput, in all
+  int64_t keys = 0;  // of the longest sequence
+  bool logits = false, features = false, importance = false;  // asked for
+
+  void add(const StepSize& s) {
+    rows += s.rows;
+    out_rows += s.out_rows;
+    sequences += s.sequences;
+    keys = std::max(keys, s.keys);
+    logits |= s.logits;
+    features |= s.features;
+    importance |= s.importance;
+  }
+};
+
 struct StepInput {
   struct Sequence {
     int64_t row_begin, row_end;
@@ -47,6 +65,12 @@ struct StepInput {
     positions.clear();
     sequences.clear();
     out_rows.clear();
+  }
+  void reserve(const StepSize& most) {
+    tokens.reserve(size_t(most.rows));
+    positions.reserve(size_t(most.rows));
+    sequences.reserve(size_t(most.sequences));
+    out_rows.reserve(size_t(most.out_rows));
   }
 };
 

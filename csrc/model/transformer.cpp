@@ -72,27 +72,41 @@ void Transformer::forward(const StepInput& in, bool check_finite) {
                  spec_.norm_eps, h_.data, h_.ld, weights_.dtype, in.out_rows.data()});
 }
 
+void Transformer::reserve(const StepSize& most) {
+  const DType t = weights_.dtype;
+  const int64_t chunk = std::min(most.rows, kRowChunk);
+  ensure_rope(most.keys);
+  x_ = scratch(x_buffer_, most.rows, spec_.d_model, DType::F32, "the residual stream");
+  h_ = scratch(h_buffer_, most.rows, spec_.d_model, t, "normalised activations");
+  q_ = scratch(q_buffer_, most.rows, spec_.q_columns(), t, "queries");
+  attn_ = scratch(attn_buffer_, most.rows, spec_.q_columns(), t, "attention outputs");
+  scratch(qkv_buffer_, chunk, spec_.q_columns() + 2 * spec_.kv_columns(), DType::F32, "QKV");
+  scratch(mlp_buffer_, chunk, spec_.mlp_hidden, t, "the MLP");
+  if (most.logits) scratch(logits_buffer_, most.out_rows, spec_.vocab_size, DType::F32, "logits");
+  for (std::vector<int32_t>* list : {&live_, &live_positions_, &live_slab_}) list->reserve(size_t(most.rows));
+  sequences_.reserve(size_t(most.sequences));
+  layer_slabs_.reserve(size_t(most.sequences));
+  work_.reserve(size_t(most.sequences));
+  if (most.features) reserve_features(most);
+  if (most.importance) reserve_importance(most);
+}
+
 void Transformer::prepare(const StepInput& in) {
   rows_ = int64_t(in.tokens.size());
   out_rows_ = int64_t(in.out_rows.size());
   const size_t n_seq = in.sequences.size();
-  const DType t = weights_.dtype;
-  int64_t keys = 0;
-  weight_bytes_ = 0;
-  keeps_features_ = wants_importance_ = false;
+  StepSize size{rows_, out_rows_, int64_t(n_seq)};
   for (const auto& s : in.sequences) {
-    keys = std::max(keys, s.n_keys);
-    keeps_features_ |= s.features != nullptr;
-    wants_importance_ |= s.importance;
+    size.keys = std::max(size.keys, s.n_keys);
+    size.features |= s.features != nullptr;
+    size.importance |= s.importance;
   }
-  ensure_rope(keys);
-  x_ = scratch(x_buffer_, rows_, spec_.d_model, DType::F32, "the residual stream");
-  h_ = scratch(h_buffer_, rows_, spec_.d_model, t, "normalised activations");
-  q_ = scratch(q_buffer_, rows_, spec_.q_columns(), t, "queries");
-  attn_ = scratch(attn_buffer_, rows_, spec_.q_columns(), t, "attention outputs");
+  weight_bytes_ = 0;
+  keeps_features_ = size.features;
+  wants_importance_ = size.importance;
+  reserve(size);
   sequences_.resize(n_seq);
   layer_slabs_.resize(n_seq);
-  resting_.resize(n_seq);
   work_.assign(n_seq, {});
   if (wants_importance_) prepare_captures(in);
 }

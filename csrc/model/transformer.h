@@ -32,6 +32,10 @@ class Transformer {
  public:
   Transformer(const ModelSpec& spec, const Weights& weights) : spec_(spec), weights_(weights) {}
 
+  // Takes the memory for steps of up to this size, after which such steps take none, but for the scratch that kernels
+  // keep per thread, and for rollout where it holds more than 64 MB (kKeptCaptureBytes).
+  void reserve(const StepSize& most);
+
   // Runs the layers. In the last one only `out_rows` (with kept features: FeatureStep::last_rows) go past the KV write,
   // as nothing reads the others; where rollout is wanted, past attention.
   // check_finite: a NumericalError names the first layer whose output is not finite (for diagnosis, costs a pass).
@@ -56,9 +60,11 @@ class Transformer {
   Rows scratch(Buffer& b, int64_t rows, int64_t cols, DType t, const char* what);
   void ensure_rope(int64_t positions);
   void prepare(const StepInput& in);
+  void reserve_features(const StepSize& most);
+  void reserve_importance(const StepSize& most);
   void prepare_captures(const StepInput& in);
   void choose_rows(const StepInput& in, int layer);
-  std::vector<int32_t> least_similar(const StepInput& in, size_t s, int layer);
+  std::span<const int32_t> least_similar(const StepInput& in, size_t s, int layer);
   void qkv(const StepInput& in, int layer);
   void keep_last_rows(const StepInput& in, const Rows& m, size_t row_bytes);
   void attention(const StepInput& in, int layer);
@@ -88,6 +94,9 @@ class Transformer {
   std::vector<ops::KvSlab> layer_slabs_;
   std::vector<float*> captures_;  // per sequence [n_layers][rows, ld]: head means of attention
   std::vector<std::vector<float>> importance_;
+  std::vector<int32_t> verified_, verified_positions_, changed_;  // dLLM-Cache, one sequence at a time
+  std::vector<double> similarity_;
+  std::vector<int32_t> resting_positions_;
   std::vector<StepWork> work_;
   Buffer x_buffer_, h_buffer_, q_buffer_, attn_buffer_, qkv_buffer_, mlp_buffer_, logits_buffer_, stats_buffer_;
   Buffer feature_buffer_, value_buffer_, capture_buffer_;

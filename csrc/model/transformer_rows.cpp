@@ -9,6 +9,7 @@
 #include "ops/linear.h"
 #include "ops/rollout.h"
 #include "ops/similarity.h"
+#include "runtime/order.h"
 #include "runtime/stopwatch.h"
 
 namespace dllm {
@@ -19,9 +20,17 @@ int64_t Transformer::capture_stride(int64_t keys) { return (keys + 15) / 16 * 16
 // not kept for the next step.
 constexpr size_t kKeptCaptureBytes = size_t(64) << 20;
 
+void Transformer::reserve_importance(const StepSize& most) {
+  captures_.reserve(size_t(most.sequences));
+  if (int64_t(importance_.size()) < most.sequences) importance_.resize(size_t(most.sequences));
+  for (std::vector<float>& c : importance_) c.reserve(size_t(most.keys));
+  const size_t bytes = checked_bytes("head means of attention", size_t(spec_.n_layers), size_t(most.rows),
+                                     size_t(capture_stride(most.keys)), sizeof(float));
+  capture_buffer_.reserve(std::min(bytes, kKeptCaptureBytes), "head means of attention");
+}
+
 void Transformer::prepare_captures(const StepInput& in) {
   captures_.assign(in.sequences.size(), nullptr);
-  importance_.resize(in.sequences.size());
   const auto elements = [&](const StepInput::Sequence& s) {
     return s.importance ? size_t(spec_.n_layers * (s.row_end - s.row_begin) * capture_stride(s.n_keys)) : 0;
   };
@@ -46,7 +55,20 @@ void Transformer::find_importance(const StepInput& in) {
     ops::rollout({captures_[s], rows * ld, ld, spec_.n_layers, in.positions.data() + q.row_begin, rows, q.n_keys,
                   importance_[s].data()});
   }
-  if (capture_buffer_.bytes() > kKeptCaptureBytes) capture_buffer_ = Buffer();
+  if (capture_buffer_.bytes() > kKeptCaptureBytes) {
+    capture_buffer_ = Buffer();
+    capture_buffer_.reserve(kKeptCaptureBytes, "head means of attention");
+  }
+}
+
+void Transformer::reserve_features(const StepSize& most) {
+  if (int64_t(resting_.size()) < most.sequences) resting_.resize(size_t(most.sequences));
+  for (std::vector<int32_t>& rows : resting_) rows.reserve(size_t(most.keys));
+  for (std::vector<int32_t>* list : {&verified_, &verified_positions_, &changed_, &resting_positions_})
+    list->reserve(size_t(most.keys));
+  similarity_.reserve(size_t(most.keys));
+  scratch(feature_buffer_, most.rows, spec_.d_model, DType::F32, "a layer's outputs");
+  scratch(value_buffer_, most.keys, ops::kPanel + spec_.kv_columns(), DType::F32, "values");  // V begins within a panel
 }
 
 void Transformer::choose_rows(const StepInput& in, int layer) {
@@ -57,12 +79,12 @@ void Transformer::choose_rows(const StepInput& in, int layer) {
     const auto& q = in.sequences[s];
     const size_t begin = live_.size();
     layer_slabs_[s] = q.slabs[size_t(layer)];
-    resting_[s].clear();
     if (!q.features) {
       live_.resize(begin + size_t(q.row_end - q.row_begin));
       std::iota(live_.begin() + int64_t(begin), live_.end(), int32_t(q.row_begin));
     } else {
       const FeatureStep& f = *q.features;
+      resting_[s].clear();
       const FeatureStep::Refresh refresh = f.layers[size_t(layer)];
       const auto take = [&](const std::vector<int32_t>& rows, bool all) {
         for (int32_t r : rows) (all ? live_ : resting_[s]).push_back(int32_t(q.row_begin) + r);
@@ -71,7 +93,7 @@ void Transformer::choose_rows(const StepInput& in, int layer) {
       if (refresh.response || f.n_verify < 0) {
         take(f.response_rows, refresh.response);
       } else {
-        const std::vector<int32_t> changed = least_similar(in, s, layer);
+        const std::span<const int32_t> changed = least_similar(in, s, layer);
         for (int32_t r : f.response_rows) {
           const int32_t row = int32_t(q.row_begin) + r;
           (std::binary_search(changed.begin(), changed.end(), row) ? live_ : resting_[s]).push_back(row);
@@ -90,12 +112,14 @@ void Transformer::choose_rows(const StepInput& in, int layer) {
 
 // V-verify: fresh V of all response rows, written to the slab; returns the n_verify rows whose V had the least cosine with
 // the cached one, ascending. Equal ones: the lowest position.
-std::vector<int32_t> Transformer::least_similar(const StepInput& in, size_t s, int layer) {
+std::span<const int32_t> Transformer::least_similar(const StepInput& in, size_t s, int layer) {
   const LayerWeights& w = weights_.layers[size_t(layer)];
   const auto& q = in.sequences[s];
   const FeatureStep& f = *q.features;
   const int64_t n = int64_t(f.response_rows.size());
-  std::vector<int32_t> rows, positions;
+  std::vector<int32_t>&rows = verified_, &positions = verified_positions_;
+  rows.clear();
+  positions.clear();
   for (int32_t r : f.response_rows) {
     rows.push_back(int32_t(q.row_begin) + r);
     positions.push_back(in.positions[size_t(rows.back())]);
@@ -112,25 +136,25 @@ std::vector<int32_t> Transformer::least_similar(const StepInput& in, size_t s, i
   const float* values = static_cast<const float*>(v.data) + first_column % ops::kPanel;
 
   const Stopwatch watch(work_[s].selection_seconds);
-  std::vector<double> similarity(size_t(n), 0.0);
-  ops::value_similarity({values, n, v.ld, positions.data(), layer_slabs_[s], similarity.data()});
+  similarity_.resize(size_t(n));
+  ops::value_similarity({values, n, v.ld, positions.data(), layer_slabs_[s], similarity_.data()});
   ops::write_values({values, n, v.ld, positions.data(), layer_slabs_[s]});
   work_[s].verify_rows += n;
 
-  std::vector<int32_t> order(size_t(n), 0);
-  std::iota(order.begin(), order.end(), 0);
+  changed_.resize(size_t(n));
+  std::iota(changed_.begin(), changed_.end(), 0);
   // A NaN counts as changed: the step will report it.
-  const auto key = [&](int32_t i) { return std::isnan(similarity[size_t(i)]) ? -2.0 : similarity[size_t(i)]; };
-  std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return key(a) < key(b); });
-  std::vector<int32_t> chosen;
-  for (int64_t i = 0; i < f.n_verify; ++i) chosen.push_back(rows[size_t(order[size_t(i)])]);
-  std::sort(chosen.begin(), chosen.end());
-  return chosen;
+  const auto change = [&](int32_t i) { return std::isnan(similarity_[size_t(i)]) ? 2.0 : -similarity_[size_t(i)]; };
+  std::nth_element(changed_.begin(), changed_.begin() + f.n_verify, changed_.end(), by_falling(change));
+  changed_.resize(size_t(f.n_verify));
+  for (int32_t& i : changed_) i = rows[size_t(i)];
+  std::sort(changed_.begin(), changed_.end());
+  return changed_;
 }
 
 // Rows that this layer did not compute: x + A + F, as they were when they last were.
 void Transformer::add_kept_features(const StepInput& in, int layer) {
-  std::vector<int32_t> positions;
+  std::vector<int32_t>& positions = resting_positions_;
   for (size_t s = 0; s < in.sequences.size(); ++s) {
     positions.clear();
     for (int32_t row : resting_[s]) positions.push_back(in.positions[size_t(row)]);

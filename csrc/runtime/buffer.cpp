@@ -1,11 +1,20 @@
 #include "runtime/buffer.h"
 
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 
 #include "runtime/error.h"
 
 namespace dllm {
+
+namespace {
+std::atomic<int64_t> taken_bytes = 0, taken_blocks = 0;
+}
+
+BufferCount buffers_taken() {
+  return {taken_bytes.load(std::memory_order_relaxed), taken_blocks.load(std::memory_order_relaxed)};
+}
 
 Buffer::Buffer(size_t bytes, const char* what) : bytes_((bytes + 63) / 64 * 64) {
   if (bytes == 0) {
@@ -15,6 +24,8 @@ Buffer::Buffer(size_t bytes, const char* what) : bytes_((bytes + 63) / 64 * 64) 
   if (bytes_ >= bytes) data_ = std::aligned_alloc(64, bytes_);
   if (!data_) fail<OutOfMemoryError>("out of memory: ", what, " asked for ", bytes, " bytes");
   std::memset(data_, 0, bytes_);
+  taken_bytes.fetch_add(int64_t(bytes_), std::memory_order_relaxed);
+  taken_blocks.fetch_add(1, std::memory_order_relaxed);
 }
 
 Buffer::~Buffer() { std::free(data_); }

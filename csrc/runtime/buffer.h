@@ -1,4 +1,5 @@
-// Owned, 64-byte aligned memory. Failing to get it is an OutOfMemoryError that names the bytes.
+// Owned, 64-byte aligned memory. Failing to get it is an OutOfMemoryError that names the bytes. What Buffers take is
+// counted, so that the loop can show that it takes nothing.
 #pragma once
 
 #include <cstddef>
@@ -35,6 +36,12 @@ class Buffer {
   void* data_ = nullptr;
   size_t bytes_ = 0;
 };
+
+// Bytes that Buffers of this process have taken so far, and how often; never counted down.
+struct BufferCount {
+  int64_t bytes, blocks;
+};
+BufferCount buffers_taken();
 
 // rows * cols * element size with overflow checked.
 size_t checked_bytes(const char* what, size_t a, size_t b, size_t c = 1, size_t d = 1);

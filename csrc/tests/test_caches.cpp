@@ -28,6 +28,15 @@ Bitmap set_of(int64_t size, const std::vector<int32_t>& members) {
   return b;
 }
 
+// Of positions that are all known, or all not.
+std::vector<double> density_of(int64_t positions, bool known, double sigma) {
+  Bitmap editable(positions), none(positions);
+  for (int64_t p = 0; p < positions; ++p) editable.set(p);
+  CertaintyDensity density(editable, sigma);
+  const std::span<const double> d = density.of(known ? none : editable);
+  return {d.begin(), d.end()};
+}
+
 constexpr int64_t kLength = 24, kPrompt = 9;
 
 // A model, one sequence's caches, and a step with kept features over all its rows.
@@ -73,12 +82,12 @@ struct Kept {
 }  // namespace
 
 TEST(density_has_the_published_values) {
-  const std::vector<double> d = certainty_density(std::vector<uint8_t>(64, 0), 10.0);
+  const std::vector<double> d = density_of(64, false, 10.0);
   const std::pair<int, double> expected[] = {{0, 0.480053},  {1, 0.440358},   {5, 0.291081},
                                              {10, 0.146758}, {20, 0.0201406}, {40, 2.5425e-5}};
   for (const auto& [i, value] : expected) CHECK(std::abs(d[size_t(i)] / value - 1) < 1e-5);
-  CHECK(certainty_density({}, 1.0).empty());
-  const std::vector<double> all = certainty_density(std::vector<uint8_t>(5, 1), 2.0);
+  CHECK(density_of(0, true, 1.0).empty());
+  const std::vector<double> all = density_of(5, true, 2.0);
   for (double x : all) CHECK(x > 0.5);
 }
 
@@ -87,15 +96,16 @@ TEST(nucleus_stops_before_its_share_is_exceeded) {
   std::vector<float> importance(97, 0.88f / 94);
   importance[50] = 0.05f, importance[3] = 0.04f, importance[77] = 0.03f;
   Bitmap rows(97);
-  add_nucleus(importance, 0.1, rows);
+  std::vector<int32_t> scratch;
+  add_nucleus(importance, 0.1, rows, scratch);
   CHECK_EQ(join(rows.members()), "3 50");
   rows = Bitmap(97);
-  add_nucleus(importance, 0.0, rows);
+  add_nucleus(importance, 0.0, rows, scratch);
   CHECK_EQ(join(rows.members()), "50");
   rows = set_of(97, {50});  // what is there already has no part in it
-  add_nucleus(importance, 0.0, rows);
+  add_nucleus(importance, 0.0, rows, scratch);
   CHECK_EQ(join(rows.members()), "3 50");
-  add_nucleus(importance, 1.0, rows);
+  add_nucleus(importance, 1.0, rows, scratch);
   CHECK_EQ(rows.count(), 97);
 }
 
