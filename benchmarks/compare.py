@@ -30,6 +30,7 @@ them: it has its own file format and no interface that times a single step.
 import argparse
 import os
 import random
+import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -218,7 +219,8 @@ def arguments():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", type=Path, required=True, help="folder for the tables and the plot")
     p.add_argument("--model", default="llada-1b", help=f"mini-llada, {', '.join(SHAPES)}, or a folder")
-    p.add_argument("--folder", type=Path, default=Path("weights"), help="where random weights are kept")
+    temporary = Path(tempfile.gettempdir())
+    p.add_argument("--folder", type=Path, default=temporary, help="where random weights are kept")
     p.add_argument("--scratch", type=Path, help="where converted weights are kept; default: --folder")
     p.add_argument("--programs", nargs="+", choices=list(PROGRAMS), metavar="NAME", help=", ".join(PROGRAMS))
     p.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
@@ -239,12 +241,13 @@ def arguments():
     p.add_argument("--d2cache", type=Path, metavar="PATH", help="a checkout of Kamichanw/d2Cache")
     p.add_argument("--dllm-cache", type=Path, metavar="PATH", help="a checkout of maomaocun/dLLM-cache")
     args = p.parse_args()
-    if max(args.rows) > args.keys:
-        p.error(f"--rows {max(args.rows)}: at most --keys, which is {args.keys}")
+    if min(args.rows) < 1 or max(args.rows) > args.keys:
+        p.error(f"--rows {args.rows}: each must be between 1 and --keys, which is {args.keys}")
     if args.model not in ("mini-llada", *SHAPES) and not (Path(args.model) / "config.json").exists():
         p.error(f"--model {args.model}: neither mini-llada, {', '.join(SHAPES)}, nor a folder with a config.json")
     if args.gen_length % args.block_length:
         p.error(f"--gen-length {args.gen_length} is not a multiple of --block-length {args.block_length}")
+    args.rows = sorted({*args.rows, args.keys})  # all rows are the only ones that some programs can compute
     args.none_per_step = args.none_per_step or args.per_step
     args.scratch = args.scratch or args.folder
     return args

@@ -5,6 +5,7 @@ python benchmarks/random_model.py llada-8b --folder weights
 
 import argparse
 import json
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -127,7 +128,7 @@ def write_llada(folder: Path, shape: str, dtype: torch.dtype = torch.bfloat16, s
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("shape", choices=list(SHAPES))
-    p.add_argument("--folder", type=Path, default=Path("weights"))
+    p.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     p.add_argument("--seed", type=int, default=0)
     args = p.parse_args()
     print(write_llada(args.folder, args.shape, seed=args.seed))

@@ -242,7 +242,8 @@ class Report:
         names = list(dict.fromkeys([*self.loaded, *(x.program for x in self.lines)]))
         palette = plt.get_cmap("tab20")
         colours = {name: "black" if PROGRAMS[name].is_engine else palette(i % 20) for i, name in enumerate(names)}
-        figure, axes = plt.subplots(1, len(panels), figsize=(7 * len(panels), 6), layout="constrained", squeeze=False)
+        size = (7 * len(panels), max(6, 0.17 * len(generations)))
+        figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
         for axis, (data, draw) in zip(axes[0], panels, strict=True):
             draw(axis, data, colours)
         figure.savefig(path)
