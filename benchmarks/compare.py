@@ -16,8 +16,9 @@ Measured, on the same weights and the same random prompt:
 Each program runs in its own process, and they take turns: repeat by repeat, case by case, program by program, one at a
 time, while the others sleep (the table shows the CPU time that they used meanwhile). A ratio is a program's time
 divided by this engine's of the same precision class in the same repeat, so that the machine's drift cancels: above 1
-the engine is faster. What does not fit into memory at once runs in groups of one precision class, and every group has
-its own run of the engine to be compared with.
+the engine is faster; one more table holds every precision of the engine against the best of each family of peers at
+any precision. What does not fit into memory at once runs in groups of one precision class, and every group has its own
+run of the engine to be compared with.
 
 Beside each time stands the fraction of the roof that it reached: the least time that this machine needs for what was
 asked (roofline.py), divided by the time. Writes compare.md, compare.csv, compare.svg, and samples.json with the single
@@ -62,10 +63,12 @@ def bytes_together(programs: list[Program], parameters: int) -> float:
 
 
 def groups_of(programs: list[Program], parameters: int, limit: float) -> tuple[list[list[Program]], dict[str, str]]:
-    """Programs that are in memory together, each group of one precision class and with its engine first.
+    """Programs that are in memory together: all if they fit, else groups of one precision class with its engine.
 
-    Returns the groups, and a reason for each program that does not fit beside the engine.
+    Returns the groups, engines first, and a reason for each program that does not fit beside the engine.
     """
+    if bytes_together(programs, parameters) <= limit:
+        return [sorted(programs, key=lambda p: not p.is_engine)], {}
     groups, reasons = [], {}
     for precision in PRECISIONS:
         engine = [p for p in programs if p.precision == precision and p.is_engine]

@@ -63,9 +63,7 @@ class Line:
 
     @property
     def ratio(self) -> str:
-        if not self.ratios:
-            return "–"
-        return f"{median(self.ratios):.2f} ({min(self.ratios):.2f}–{max(self.ratios):.2f})"
+        return ratio_text(self.ratios)
 
 
 def with_whole_forwards(samples: list[Sample], uncached: set[str], rows: list[int]) -> list[Sample]:
@@ -116,6 +114,29 @@ def summarise(samples: list[Sample], gen_length: int) -> list[Line]:
     return sorted(lines, key=lambda x: (x.kind, place.get(x.case, 0), order.index(x.program)))
 
 
+FAMILIES = {"llama_cpp": "llama.cpp at any precision", "pytorch": "torch at any precision"}
+
+
+def against_families(samples: list[Sample]) -> dict[tuple[str, str], dict[int, list[float]]]:
+    """(engine's program, family of peers) -> rows -> least time of the family / the engine's, turn by turn."""
+    turns = defaultdict(dict)
+    for s in samples:
+        if s.kind == "forward":
+            turns[s.group, s.case, s.repeat][s.program] = s.seconds
+    ratios = defaultdict(lambda: defaultdict(list))
+    for (_, rows, _), seconds in turns.items():
+        for module, title in FAMILIES.items():
+            peers = [t for name, t in seconds.items() if PROGRAMS[name].module == module]
+            for name in seconds:
+                if peers and PROGRAMS[name].is_engine:
+                    ratios[name, title][rows].append(min(peers) / seconds[name])
+    return ratios
+
+
+def ratio_text(ratios: list[float]) -> str:
+    return f"{median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})" if ratios else "–"
+
+
 def markdown_table(head: list[str], rows: list[list], text_columns: int = 1) -> str:
     marks = ["---" if i < text_columns else "---:" for i in range(len(head))]
     return "\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in [head, marks, *rows])
@@ -143,6 +164,7 @@ class Report:
         uncached = {name for name, note in self.loaded.items() if note["caches"] == ["none"]}
         every = with_whole_forwards(self.samples, uncached, self.rows)
         self.lines = summarise(every, self.gen_length)
+        self.families = against_families(every)
 
     def write(self, folder: Path):
         (folder / "compare.md").write_text(self.markdown() + "\n")
@@ -176,6 +198,9 @@ class Report:
             rows = [[p, *(show(cells[p, n]) if (p, n) in cells else "–" for n in self.rows)] for p in programs]
             head = [title, *(f"{n} rows" for n in self.rows)]
             parts.append(markdown_table(head, rows))
+        rows = [[p, family, *(ratio_text(r[n]) for n in self.rows)] for (p, family), r in self.families.items()]
+        head = ["least time of a family ÷ the engine's", "family", *(f"{n} rows" for n in self.rows)]
+        parts.append(markdown_table(head, rows, 2))
         return "\n\n".join(parts)
 
     def generation_table(self, lines) -> str:

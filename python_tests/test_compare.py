@@ -102,9 +102,16 @@ def programs(*names):
     return [PROGRAMS[n] for n in names]
 
 
+def test_what_fits_together_is_one_group():
+    chosen = programs("torch bf16", "dllm_ext bf16", "llama.cpp Q8_0", "dllm_ext int8")
+    groups, reasons = compare.groups_of(chosen, parameters=10**9, limit=100e9)
+    assert [[p.name for p in g] for g in groups] == [["dllm_ext bf16", "dllm_ext int8", "torch bf16", "llama.cpp Q8_0"]]
+    assert not reasons
+
+
 def test_groups_are_of_one_precision_and_begin_with_its_engine():
     chosen = programs("torch bf16", "dllm_ext fp32", "dllm_ext bf16", "torch fp32", "llama.cpp Q8_0")
-    groups, reasons = compare.groups_of(chosen, parameters=10**9, limit=100e9)
+    groups, reasons = compare.groups_of(chosen, parameters=10**9, limit=15e9)
     assert [[p.name for p in g] for g in groups] == [
         ["dllm_ext fp32", "torch fp32"],
         ["dllm_ext bf16", "torch bf16"],
@@ -137,6 +144,19 @@ def test_ratios_are_taken_repeat_by_repeat():
     assert torch_line.ratio == "2.00 (1.50–5.00)"
     assert (torch_line.ms, torch_line.per_second) == (3000, 8 / 3)
     assert torch_line.roof == pytest.approx(0.5 / 3)
+
+
+def test_the_engine_against_the_best_of_a_family():
+    times = {
+        "dllm_ext int8": [1.0, 2.0],
+        "llama.cpp BF16": [3.0, 9.0],
+        "llama.cpp Q4_0": [4.0, 8.0],
+        "torch bf16": [5.0, 5.0],
+    }
+    samples = [forward(p, 8, i, s) for p, t in times.items() for i, s in enumerate(t)]
+    ratios = tables.against_families(samples)
+    assert ratios["dllm_ext int8", "llama.cpp at any precision"] == {8: [3.0, 4.0]}
+    assert ratios["dllm_ext int8", "torch at any precision"] == {8: [5.0, 2.5]}
 
 
 def test_a_program_without_a_cache_takes_its_one_time_everywhere():
