@@ -22,8 +22,8 @@ run of the engine to be compared with.
 
 Beside each time stands the fraction of the roof that it reached: the least time that this machine needs for what was
 asked (roofline.py), divided by the time. Writes compare.md, compare.csv, compare.svg, and samples.json with the single
-times. Programs that are not installed, not given or that fail are listed with the reason. diffuse-cpp is not among
-them: it has its own file format and no interface that times a single step.
+times. Programs that are not installed, not given or that fail are listed with the reason. diffuse-cpp has no
+adapter: there was none at hand to write it against.
 
 `pip install -e '.[benchmarks]'` brings llama.cpp (compiled on the spot), transformers and matplotlib.
 """
