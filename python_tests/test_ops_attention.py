@@ -98,7 +98,7 @@ def test_attention(isa, dtype, head_dim, n_heads, n_kv):
     r = np.random.default_rng([head_dim, n_heads])
     scale = head_dim**-0.5
     worst = 0.0
-    for keys in (1, 2, 31, 32, 33, 63, 100, 255, 256, 257, 320, 511, 513, 700):
+    for keys in (1, 2, 31, 32, 33, 63, 100, 257, 320, 511, 512, 513, 700, 1025):
         slab, k, v = filled_slab(dtype, keys, n_kv, head_dim)
         q = stored(2 * r.standard_normal((64, n_heads * head_dim)), dtype)
         out = ops.attention(q, [(0, 64, keys, slab)], n_heads, scale)
@@ -130,9 +130,25 @@ def test_attention_ragged_batch_and_invariance(isa, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n_heads,n_kv,head_dim", [(4, 4, 128), (7, 1, 64), (2, 2, 10)])
+def test_attention_split_over_rows_and_keys(isa, dtype, n_heads, n_kv, head_dim):
+    """More threads than heads: tiles get shorter and their chunks go to several threads, and no bit changes."""
+    for keys in (320, 512, 513, 1024, 1025, 2100):
+        slab, _, _ = filled_slab(dtype, keys, n_kv, head_dim)
+        q = stored(np.random.default_rng(keys).standard_normal((33, n_heads * head_dim)), dtype)
+        for rows in (1, 8, 33):
+            sequences = [(0, rows, keys, slab)]
+            with threads(1):
+                alone = ops.attention(q[:rows], sequences, n_heads, 0.2)
+            for count in (2, 3, 5, 64):
+                with threads(count):
+                    assert np.array_equal(ops.attention(q[:rows], sequences, n_heads, 0.2), alone), (keys, rows, count)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_ignores_keys_beyond_the_end(isa, dtype):
-    full, k, v = filled_slab(dtype, 300, 2, 64)
-    for keys in (1, 7, 32, 45, 257, 299):
+    full, k, v = filled_slab(dtype, 600, 2, 64)
+    for keys in (1, 7, 32, 45, 257, 513, 599):
         short = ops.KvSlab(2, 64, keys, dtype)
         write_kv(short, k[:keys], v[:keys])
         q = stored(np.random.default_rng(keys).standard_normal((9, 128)), dtype)
@@ -196,7 +212,7 @@ def test_attention_mean(isa, dtype, head_dim, n_heads, n_kv):
     """Against fp64, and the output keeps its bits. Single rows give the same bits, so the check holds for those too."""
     r = np.random.default_rng([head_dim, n_heads, 1])
     scale = head_dim**-0.5
-    for keys in (1, 31, 33, 255, 256, 257, 513, 700):
+    for keys in (1, 31, 33, 257, 512, 513, 700, 1025):
         slab, k, _ = filled_slab(dtype, keys, n_kv, head_dim)
         q = stored(2 * r.standard_normal((70, n_heads * head_dim)), dtype)
         plain = ops.attention(q, [(0, 70, keys, slab)], n_heads, scale)

@@ -32,18 +32,26 @@ struct TileStats {
   double weighted_sum;  // sum of exp(x - max) * (x - max)
 };
 
-// One chunk of an online softmax over `rows` rows of scores [rows, >= n rounded up to 32].
+// The softmax's terms for one chunk of keys:  m = max score,  e = 2^(scale * (score - m)),  sum = sum e.
 struct SoftmaxChunk {
   int64_t rows, n;  // n valid columns
-  float* scores;  // overwritten: exp(scale * score - running max), zero from n to n rounded up to 32
+  float* scores;  // [rows, n rounded up to 32]: overwritten by e, zero beyond n; where `bf16` is given, only if `keep`
   int64_t lds;
-  uint16_t* bf16;  // the same, rounded to bf16; or null
+  uint16_t* bf16;  // e rounded to bf16, likewise padded; or null
   int64_t ldb;
+  bool keep;
   float scale;
-  bool first;
-  float *max, *sum;  // [rows], running
-  float* acc;  // [rows, width]: rescaled to the new maximum, unless `first`
-  int64_t lda, width;
+  float *max, *sum;  // [rows]
+};
+
+// out[i] = sum over c = 0, 1, ... of weights[c * ldw] * x[c * ldx + i], as fp32 or bf16
+struct WeightedSum {
+  const float* x;  // [count, n rounded up to 32]
+  int64_t ldx;
+  const float* weights;
+  int64_t ldw, count, n;
+  void* out;
+  bool bf16;
 };
 
 // The draws of ids [first_id, first_id + n) of one position (see philox.h; stream Token).
@@ -125,6 +133,11 @@ struct Kernels {
   bool (*quantize_group)(const float* w, uint8_t* index, uint16_t* scale);
   void (*write)(const WriteArgs& args);
   void (*softmax_chunk)(const SoftmaxChunk& args);
+  // Chunks' maxima m_c and sums s_c [chunks, rows rounded up to 16] -> the weight of chunk c's terms, in place of m_c:
+  //   2^(scale * (m_c - M)) / sum over c of 2^(scale * (m_c - M)) s_c,  M = max m_c
+  void (*softmax_weights)(int64_t rows, int64_t chunks, float scale, float* max_in_weights_out, const float* sums,
+                          int64_t ld);
+  void (*weighted_sum)(const WeightedSum& args);
   // out[i] = x[i] * scale, fp32 or bf16
   void (*scale_row)(const float* x, float scale, int64_t n, void* out, bool bf16);
   // out[i] += factor * x[i], x fp32 or bf16

@@ -73,21 +73,29 @@ DLLM_INLINE vf min(vf a, vf b) {
 #endif
 }
 
-// Reductions go through memory in halves: rare enough, and the order of additions is fixed.
-DLLM_INLINE float sum(vf v) {
-  alignas(W * 4) float t[W];
-  *reinterpret_cast<vf*>(t) = v;
-  for (int h = W / 2; h > 0; h /= 2)
-    for (int i = 0; i < h; ++i) t[i] += t[i + h];
-  return t[0];
+// Reductions take halves together, so their order is the same whatever the compiler makes of them.
+template <class Combine>
+DLLM_INLINE float reduce(vf v, const Combine& combine) {
+#if DLLM_WIDTH >= 8
+#if DLLM_WIDTH == 16
+  const __m256 h = combine(_mm512_maskz_extractf32x8_ps(0xff, v, 0), _mm512_maskz_extractf32x8_ps(0xff, v, 1));
+#else
+  const __m256 h = v;
+#endif
+  __m128 q = combine(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+  q = combine(q, _mm_movehl_ps(q, q));
+  q = combine(q, _mm_movehdup_ps(q));
+  return q[0];
+#else
+  const vf w = combine(v, vf{v[2], v[3], v[2], v[3]});
+  return combine(w, vf{w[1], w[1], w[1], w[1]})[0];
+#endif
 }
-
+DLLM_INLINE float sum(vf v) {
+  return reduce(v, [](auto a, auto b) { return a + b; });
+}
 DLLM_INLINE float max_of(vf v) {
-  alignas(W * 4) float t[W];
-  *reinterpret_cast<vf*>(t) = v;
-  for (int h = W / 2; h > 0; h /= 2)
-    for (int i = 0; i < h; ++i) t[i] = t[i] > t[i + h] ? t[i] : t[i + h];
-  return t[0];
+  return reduce(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 // Lanes are 0 or -1, as comparisons give them.
@@ -111,10 +119,15 @@ DLLM_INLINE vf widen(const uint16_t* p) {
 }
 
 DLLM_INLINE void store_bf16(uint16_t* p, vf v) {
+#ifdef DLLM_DOT_BF16
+  // Values below 2^-126 become 0 here.
+  *reinterpret_cast<vh_mem*>(p) = (vh)_mm512_maskz_cvtneps_pbh(0xffff, v);
+#else
   const vu u = as_bits(v);
   const vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   const vu quiet = (u >> 16) | 0x40u;
   *reinterpret_cast<vh_mem*>(p) = __builtin_convertvector(v == v ? rounded : quiet, vh);
+#endif
 }
 
 DLLM_INLINE uint16_t to_bf16(float f) {
@@ -144,6 +157,33 @@ DLLM_INLINE vf exp(vf x) {
   const vf power = as_float((as_bits(shifted) + 127u) << 23);
   const vf result = e * power;
   return x < splat(kExpLow) ? vf{} : result;
+}
+
+// 2^x for x <= 127: with n = round(x) and r = x - n, 2^n p(r), p minimax of degree 6 on |r| <= 1/2 (relative error 3e-9).
+// Results below 2^-126 are 0 or rounded as such numbers are; NaN stays NaN.
+DLLM_INLINE vf exp2(vf x) {
+#if DLLM_WIDTH == 16
+  const vf r = _mm512_maskz_reduce_ps(0xffff, x, 0);  // 0 where x is -inf
+  const vf n = x - r;
+#else
+  constexpr float kLow = -126.0f;
+  const vf magic = splat(12582912.0f);
+  const vf y = max(splat(kLow), x);
+  const vf shifted = y + magic, n = shifted - magic, r = y - n;
+#endif
+  vf p = splat(0.000155946778f);
+  p = fma(p, r, splat(0.00134066434f));
+  p = fma(p, r, splat(0.00961769279f));
+  p = fma(p, r, splat(0.0555031039f));
+  p = fma(p, r, splat(0.240226522f));
+  p = fma(p, r, splat(0.693147242f));
+  p = fma(p, r, splat(1.0f));
+#if DLLM_WIDTH == 16
+  return _mm512_maskz_scalef_ps(0xffff, p, n);
+#else
+  const vf result = p * as_float((as_bits(shifted) + 127u) << 23);
+  return x < splat(kLow) ? vf{} : result;
+#endif
 }
 
 }  // namespace

@@ -1,14 +1,13 @@
-// Softmax over a chunk of attention scores.
+// Softmax in chunks of keys (ops/attention.h has the formula).
 #pragma once
 
 #include "ops/cpu/kernels.h"
+#include "ops/cpu/rows_impl.h"
 #include "ops/cpu/simd.h"
 
 namespace dllm::ops::cpu::DLLM_ISA_NAMESPACE {
 namespace {
 
-// Online softmax (Milakov & Gimelshein, 2018). With m the maximum so far and m' the new one,
-//   sum = sum exp(m - m') + sum_j exp(x_j - m') ;  acc = acc exp(m - m')   and the caller adds P V to acc.
 void softmax_chunk(const SoftmaxChunk& args) {
   const int64_t padded = (args.n + kColumns - 1) / kColumns * kColumns;
   const vf scale = splat(args.scale);
@@ -16,29 +15,61 @@ void softmax_chunk(const SoftmaxChunk& args) {
     float* x = args.scores + r * args.lds;
     for (int64_t i = args.n; i < padded; ++i) x[i] = -kInf;  // scale is positive: stays -inf
 
-    vf highest = splat(-kInf);
-    for (int64_t i = 0; i < padded; i += W) highest = max(highest, load(x + i));
-    float m = max_of(highest) * args.scale;
-    const float before = args.first ? m : args.max[r];
-    if (before > m) m = before;
-
-    vf total = {};
-    for (int64_t i = 0; i < padded; i += W) {
-      const vf e = exp(fma(load(x + i), scale, splat(-m)));
-      total += e;
-      store(x + i, e);
-      if (args.bf16) store_bf16(args.bf16 + r * args.ldb + i, e);
-    }
-    const float added = sum(total);
+    vf highest[2] = {splat(-kInf), splat(-kInf)};
+    for (int64_t i = 0; i < padded; i += 2 * W)
+      for (int u = 0; u < 2; ++u) highest[u] = max(highest[u], load(x + i + u * W));
+    const float m = max_of(max(highest[0], highest[1]));
     args.max[r] = m;
-    if (args.first) {
-      args.sum[r] = added;
-      continue;
+
+    const auto value = [&](int64_t i) { return exp2((load(x + i) - m) * scale); };
+    vf total[2] = {};
+    if (args.bf16) {
+      uint16_t* p = args.bf16 + r * args.ldb;
+      for (int64_t i = 0; i < padded; i += 2 * W)
+        for (int u = 0; u < 2; ++u) {
+          const vf e = value(i + u * W);
+          total[u] += e;
+          store_bf16(p + i + u * W, e);
+          if (args.keep) store(x + i + u * W, e);
+        }
+    } else {
+      for (int64_t i = 0; i < padded; i += 2 * W)
+        for (int u = 0; u < 2; ++u) {
+          const vf e = value(i + u * W);
+          total[u] += e;
+          store(x + i + u * W, e);
+        }
     }
-    const float shrink = exp(splat(before - m))[0];
-    args.sum[r] = args.sum[r] * shrink + added;
-    float* acc = args.acc + r * args.lda;
-    for (int64_t i = 0; i < args.width; i += W) store(acc + i, load(acc + i) * splat(shrink));
+    args.sum[r] = sum(total[0] + total[1]);
+  }
+}
+
+void softmax_weights(int64_t rows, int64_t chunks, float scale, float* max_in_weights_out, const float* sums,
+                     int64_t ld) {
+  for (int64_t r = 0; r < rows; r += W) {
+    float* weights = max_in_weights_out + r;
+    vf highest = load(weights);
+    for (int64_t c = 1; c < chunks; ++c) highest = max(highest, load(weights + c * ld));
+    vf total = {};
+    for (int64_t c = 0; c < chunks; ++c) {
+      const vf w = exp2((load(weights + c * ld) - highest) * splat(scale));
+      store(weights + c * ld, w);
+      total = fma(w, load(sums + c * ld + r), total);
+    }
+    const vf inverse = 1.0f / total;
+    for (int64_t c = 0; c < chunks; ++c) store(weights + c * ld, load(weights + c * ld) * inverse);
+  }
+}
+
+void weighted_sum(const WeightedSum& args) {
+  alignas(64) float y[W];
+  for (int64_t i = 0; i < args.n; i += W) {
+    const float* x = args.x + i;
+    vf total = load(x) * splat(args.weights[0]);
+    for (int64_t c = 1; c < args.count; ++c)
+      total = fma(load(x + c * args.ldx), splat(args.weights[c * args.ldw]), total);
+    store(y, total);
+    write_values(y, args.n - i < W ? args.n - i : W, args.out, i, args.bf16);
   }
 }
 
