@@ -6,6 +6,8 @@ Everything here raises the classes of dllm_ext.errors.
 from collections.abc import Callable
 from typing import Any, TypedDict
 
+import numpy as np
+
 class Info(TypedDict):
     isa: str
     """Instruction set in use: "portable", "avx2", "avx512", "avx512_vnni" or "avx512_bf16". The environment's
@@ -45,6 +47,18 @@ class ModelSpec:
     """EOS, then end-of-turn ids."""
     def tensors(self) -> list[tuple[str, list[int]]]:
         """(name in the checkpoint, shape) of every tensor that the model reads."""
+
+class Checkpoint:
+    """A folder with config.json and safetensors, mapped into memory. CheckpointError where it is not one."""
+
+    def __init__(self, folder: str | bytes) -> None: ...
+    config_text: bytes
+    """config.json as it is."""
+    def tensor(self, name: str, shape: list[int]) -> np.ndarray:
+        """A tensor in float32, or in bfloat16 as uint16, read-only. It stays in its mapped file, which the array keeps.
+
+        CheckpointError where it is missing, or has another shape or dtype.
+        """
 
 class StepEvent:
     """What one step of one sequence did; given to generate()'s on_step."""
@@ -125,6 +139,14 @@ class ops:
 
         An untimed step caches all positions first. The GIL is released.
         """
+
+def quantize(weight: np.ndarray, format: str, name: str = "weight") -> tuple[np.ndarray, np.ndarray]:
+    """(values, scales) of a matrix [n, k], float32 or bfloat16 as uint16, whose rows are contiguous.
+
+    format: "int8" gives int8 [n, k] and float32 [n]; "int4" gives uint8 [n, ceil(k / 2)], even terms in the low halves,
+    and bfloat16 as uint16 [n, ceil(k / 64)]. CheckpointError, which names `name`, where an element is not finite.
+    The GIL is released.
+    """
 
 def info() -> Info: ...
 def set_isa(name: str) -> None:

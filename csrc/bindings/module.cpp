@@ -16,6 +16,7 @@ namespace py = pybind11;
 using namespace dllm;
 
 void bind_ops(py::module_& m);  // ops.cpp
+void bind_quantize(py::module_& m);  // quantize.cpp
 void bind_decode(py::module_& m);  // decode.cpp
 void bind_measure(py::module_& m);  // measure.cpp
 
@@ -210,6 +211,7 @@ PYBIND11_MODULE(_C, m) {
   py::register_exception_translator(&translate);
   bind_spec(m);
   bind_engine(m);
+  bind_quantize(m);
   m.def("info", &info);
   m.def("set_isa", &set_isa, py::arg("name"));
   m.def(

@@ -8,6 +8,7 @@
 #include <memory>
 #include <optional>
 
+#include "bindings/arrays.h"
 #include "ops/attention.h"
 #include "ops/elementwise.h"
 #include "ops/features.h"
@@ -30,36 +31,6 @@ DType parse_dtype(const std::string& name) {
   if (name == name_of(DType::F32)) return DType::F32;
   if (name == name_of(DType::BF16)) return DType::BF16;
   fail<UsageError>("dtype = \"", name, "\": float32 or bfloat16");
-}
-
-// An array of fp32, or bf16 as uint16, whose last dimension is contiguous.
-struct Matrix {
-  void* data;
-  DType dtype;
-  int64_t rows, cols, ld;
-};
-
-void check_contiguous_rows(const py::array& a, const char* what) {
-  if (a.ndim() != 2) fail<UsageError>(what, ": expected 2 dimensions, got ", a.ndim());
-  if (a.size() == 0) return;  // its strides mean nothing
-  if (a.shape(1) > 1 && a.strides(1) != a.itemsize()) fail<UsageError>(what, ": elements of a row must be adjacent");
-  if (a.shape(0) > 1 && (a.strides(0) < a.shape(1) * a.itemsize() || a.strides(0) % a.itemsize() != 0))
-    fail<UsageError>(what, ": rows overlap or are not aligned");
-}
-
-Matrix matrix(const py::array& a, const char* what, int64_t cols = -1, bool writeable = false) {
-  check_contiguous_rows(a, what);
-  DType dtype;
-  if (py::isinstance<py::array_t<float>>(a))
-    dtype = DType::F32;
-  else if (py::isinstance<py::array_t<uint16_t>>(a))
-    dtype = DType::BF16;
-  else
-    fail<UsageError>(what, ": expected float32, or uint16 holding bfloat16");
-  if (cols >= 0 && a.shape(1) != cols) fail<UsageError>(what, ": expected ", cols, " columns, got ", a.shape(1));
-  if (writeable && !a.writeable()) fail<UsageError>(what, ": is read-only");
-  const int64_t ld = a.shape(0) > 1 ? a.strides(0) / a.itemsize() : a.shape(1);
-  return {const_cast<void*>(a.data()), dtype, a.shape(0), a.shape(1), ld};
 }
 
 Matrix matrix_of(const py::array& a, const char* what, DType dtype, int64_t cols, bool writeable = false) {
@@ -108,15 +79,9 @@ WeightFormat parse_format(const std::string& name) {
   fail<UsageError>("format = \"", name, "\": float32, bfloat16, int8 or int4");
 }
 
-WeightSource plain_source(const py::array& a) {
-  const Matrix m = matrix(a, "weight");
-  if (m.rows == 0 || m.cols == 0) fail<UsageError>("weight: is empty");
-  return {m.data, format_of(m.dtype), m.rows, m.cols, m.ld};
-}
-
 // A matrix, or what quantize() made of one: (values, scales).
 WeightSource source_of(const py::object& o) {
-  if (!py::isinstance<py::tuple>(o)) return plain_source(o.cast<py::array>());
+  if (!py::isinstance<py::tuple>(o)) return weight_source(o.cast<py::array>());
   const auto [values, scales] = o.cast<std::pair<py::array, py::array>>();
   const bool wide = py::isinstance<py::array_t<int8_t>>(values);
   if (!wide && !py::isinstance<py::array_t<uint8_t>>(values)) fail<UsageError>("weight: expected int8 or uint8");
@@ -127,28 +92,6 @@ WeightSource source_of(const py::object& o) {
       !(values.flags() & py::array::c_style))
     fail<UsageError>("weight: scales do not belong to the values, or are not contiguous");
   return {values.data(), format, n, k, k, scales.data()};
-}
-
-// Of a matrix: (values, scales) as ops/quantize.h has them; bf16 scales as uint16.
-py::tuple run_quantize(const py::array& w, const std::string& format_name, const std::string& name) {
-  const WeightFormat format = parse_format(format_name);
-  if (!is_quantized(format)) fail<UsageError>("format = \"", format_name, "\": int8 or int4");
-  const WeightSource source = plain_source(w);
-  const int64_t row = quantized_row_bytes(format, source.k), scale = quantized_scale_bytes(format, source.k);
-  py::array values, scales;
-  if (format == WeightFormat::I8) {
-    values = py::array_t<int8_t>({source.n, row});
-    scales = py::array_t<float>(source.n);
-  } else {
-    values = py::array_t<uint8_t>({source.n, row});
-    scales = py::array_t<uint16_t>({source.n, scale / 2});
-  }
-  void *to = values.mutable_data(), *scales_to = scales.mutable_data();
-  {
-    const py::gil_scoped_release release;
-    quantize_matrix(source, format, to, scales_to, name.c_str());
-  }
-  return py::make_tuple(values, scales);
 }
 
 std::unique_ptr<PackedLinear> pack(const std::vector<py::object>& weights, const std::string& format,
@@ -478,7 +421,6 @@ void bind_ops(py::module_& m) {
       .def("read", &Slab::read, py::arg("positions"))
       .def_property_readonly("capacity", [](const Slab& s) { return s.view.capacity; });
 
-  m.def("quantize", &run_quantize, py::arg("weight"), py::arg("format"), py::arg("name") = "weight");
   m.def("linear", &run_linear, py::arg("w"), py::arg("x"), py::arg("out"), py::arg("epilogue") = "store",
         py::arg("out_rows") = py::none(), py::arg("panel_begin") = 0, py::arg("panel_end") = -1);
   m.def("embedding", &run_embedding, py::arg("table"), py::arg("tokens"));
