@@ -9,7 +9,7 @@
 // N is padded with zero columns to a multiple of 32; K with zeros to a multiple of 2 (BF16) or 64 (I8, I4).
 //
 // Quantised weights (quantize.h) meet activations that are quantised row by row as they come (W8A8, W4A8):
-//   x[r, i] ~ a[r, i] * xs[r],  xs[r] = max_i |x[r, i]| / 127,  a = x / xs rounded to nearest, ties to even
+//   x[r, i] ~ a[r, i] * xs[r],  xs[r] = max_i |x[r, i]| / 127,  a = x * (127 / max) rounded to nearest, ties to even
 //   I8   y[r, j] = (sum_i a[r, i] q[j, i]) * xs[r] * ws[j]
 //   I4   y[r, j] = (sum_g (sum_{i in g} a[r, i] v[q[j, i]]) * ws[j, g]) * xs[r]   g: 64 terms along K
 // Inner sums are exact integers.
@@ -44,7 +44,7 @@ struct PackedLinear {
 };
 
 // Packs the rows of one or more sources stacked along N (for example q, k, v) to `format`: F32 and BF16 sources to any,
-// quantised ones to their own. UsageError otherwise, and where a sum could overflow (k > 65536 with I8).
+// quantised ones to their own. UsageError otherwise, ConfigError where a sum could overflow (k > 65536 with I8).
 PackedLinear pack_linear(const WeightSource* sources, int count, WeightFormat format);
 // Packs a gated MLP's two projections [n, k] interleaved, for Epilogue::SiluMul.
 PackedLinear pack_gate_up(const WeightSource& gate, const WeightSource& up, WeightFormat format);

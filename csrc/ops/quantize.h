@@ -2,10 +2,11 @@
 //
 //   I8   w[j, i] ~ q[j, i] * s[j]        q in -127..127, s fp32 = max_i |w[j, i]| / 127
 //   I4   w[j, i] ~ v[q[j, i]] * s[j, g]  q in 0..15, s bf16 per group g of 64 terms along K: 4.25 bits per weight
-// I8: q is w / s rounded to nearest, ties to even. I4: v are 16 values (kI4Values in cpu/kernels.h) that lie closer together
-// near zero, as weights do: the fixed point of Lloyd's algorithm on normal numbers in groups of 64. v[q] is the nearest to w / s,
-// the smaller of two; s = m / (-127 t), m the group's element of largest magnitude, with the t of {0.8, 0.85, ..., 1.3} that
-// leaves the least squared error, the first of equals. A group or row of zeros has scale 0.
+// I8: q is w * (127 / max) rounded to nearest, ties to even; where 127 / max overflows, q and s are 0.
+// I4: v are 16 values (kI4Values in cpu/kernels.h) that lie closer together near zero, as weights do: the fixed point of
+// Lloyd's algorithm on normal numbers in groups of 64. v[q] is the nearest to w / s, the smaller of two; s = m / (-127 t), m the
+// group's element of largest magnitude, with the t of {0.8, 0.85, ..., 1.3} that leaves the least squared error, the first of
+// equals. A group with |m| < 2^-118 has scale 0.
 // On normal numbers the error (root mean square, relative) is 8.2 %; evenly spaced values, groups of 32 and the scale m / -8
 // give 8.6 % in 4.5 bits.
 #pragma once

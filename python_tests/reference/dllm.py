@@ -67,7 +67,7 @@ def forward(model, tokens, features, response, o, decisions):
 
         def project(part, rows, width, w=w, n=n):
             """Linear map of some rows of n, by heads: [len(rows), width, head_dim]."""
-            return F.linear(n[rows], w[part], w[part + "_bias"]).view(len(rows), width, s.head_dim)
+            return model.linear(n[rows], w[part], w[part + "_bias"]).view(len(rows), width, s.head_dim)
 
         always = layer in o.always_refresh_layers
         refreshed = []
@@ -91,10 +91,11 @@ def forward(model, tokens, features, response, o, decisions):
             features.k[layer, rows] = k
             features.v[layer, rows] = project("v", rows, s.n_kv_heads)
             mixed = attention(q, features.k[layer], features.v[layer])
-            features.a[layer, rows] = F.linear(mixed.flatten(1), w["o"])
+            features.a[layer, rows] = model.linear(mixed.flatten(1), w["o"])
         x = x + features.a[layer]
         if rows:
             m = rms_norm(x[rows], w["mlp_norm"], s.eps)
-            features.f[layer, rows] = F.linear(F.silu(F.linear(m, w["gate"])) * F.linear(m, w["up"]), w["down"])
+            inner = F.silu(model.linear(m, w["gate"])) * model.linear(m, w["up"])
+            features.f[layer, rows] = model.linear(inner, w["down"])
         x = x + features.f[layer]
     return rms_norm(x, model.final_norm, s.eps), sorted(touched)

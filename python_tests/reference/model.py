@@ -232,6 +232,10 @@ class ReferenceModel:
         size = (self.shape.n_layers, length, self.shape.n_kv_heads, self.shape.head_dim)
         return KVCache(torch.full(size, math.nan, dtype=self.dtype), torch.full(size, math.nan, dtype=self.dtype))
 
+    def linear(self, x, weight, bias=None):
+        """x W^T + b: [R, in] -> [R, out]; every linear layer of the model."""
+        return F.linear(x, weight, bias)
+
     @torch.no_grad()
     def forward(self, tokens, positions, cache, probabilities=None):
         """Run the rows `positions` (int64 [R], distinct) holding `tokens` (int64 [R]).
@@ -245,22 +249,22 @@ class ReferenceModel:
         x = self.embed[tokens]
         for i, w in enumerate(self.layers):
             n = rms_norm(x, w["attn_norm"], s.eps)
-            q = F.linear(n, w["q"], w["q_bias"]).view(rows, s.n_heads, s.head_dim)
-            k = F.linear(n, w["k"], w["k_bias"]).view(rows, s.n_kv_heads, s.head_dim)
-            v = F.linear(n, w["v"], w["v_bias"]).view(rows, s.n_kv_heads, s.head_dim)
+            q = self.linear(n, w["q"], w["q_bias"]).view(rows, s.n_heads, s.head_dim)
+            k = self.linear(n, w["k"], w["k_bias"]).view(rows, s.n_kv_heads, s.head_dim)
+            v = self.linear(n, w["v"], w["v_bias"]).view(rows, s.n_kv_heads, s.head_dim)
             q = rope(q, positions, s.theta, s.rope_full_precision)
             cache.k[i, positions] = rope(k, positions, s.theta, s.rope_full_precision)
             cache.v[i, positions] = v
             mixed = attention(q, cache.k[i], cache.v[i], probabilities)
-            x = x + F.linear(mixed.reshape(rows, -1), w["o"])
+            x = x + self.linear(mixed.reshape(rows, -1), w["o"])
             n = rms_norm(x, w["mlp_norm"], s.eps)
-            x = x + F.linear(F.silu(F.linear(n, w["gate"])) * F.linear(n, w["up"]), w["down"])
+            x = x + self.linear(F.silu(self.linear(n, w["gate"])) * self.linear(n, w["up"]), w["down"])
         return rms_norm(x, self.final_norm, s.eps)
 
     @torch.no_grad()
     def logits(self, hidden):
         """LM head: [R, d] -> [R, V] in the model dtype."""
-        return F.linear(hidden, self.head)
+        return self.linear(hidden, self.head)
 
     def full_logits(self, tokens):
         """Logits [T, V] of a full forward of `tokens` (int64 [T]); row i, not shifted."""

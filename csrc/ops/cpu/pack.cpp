@@ -121,7 +121,7 @@ PackedLinear pack(int64_t n, int64_t k, WeightFormat format, const RowOf& row_of
   w.k = k;
   w.format = format;
   if (format == WeightFormat::I8 && k > kMaxTerms)
-    fail<UsageError>("pack_linear: ", k, " input columns; int8 sums hold ", kMaxTerms);
+    fail<ConfigError>("int8 weights have at most ", kMaxTerms, " input columns; there is a layer with ", k);
   const int64_t panel_bytes = w.panel_bytes();
   w.weight = Buffer(checked_bytes("packed weights", size_t(w.panels()), size_t(panel_bytes)), "packed weights");
   if (format == WeightFormat::I8) w.scale = Buffer(size_t(w.panels() * kPanel) * 4, "weight scales");

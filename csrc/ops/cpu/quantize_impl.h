@@ -10,13 +10,18 @@ namespace {
 template <class Load>
 DLLM_INLINE void quantize_activations(const QuantizeArgs& args, const Load& at) {
   quantized* out = static_cast<quantized*>(args.out);
-  vf most = {};
-  for (int64_t i = 0; i < args.n; i += W) most = max(most, as_float(as_bits(at(i)) & 0x7fffffffu));
-  const float highest = max_of(most);
-  float finite = 0;  // NaN where an element is infinite or NaN
-  for (int j = 0; j < W; ++j) finite += most[j] - most[j];
-  *args.scale = highest / 127.0f + finite;
-  const float inverse = highest > 0 && finite == 0 ? 127.0f / highest : 0.0f;
+  vi most = {};  // bits of magnitudes order as the magnitudes do, infinity and NaN above them
+  for (int64_t i = 0; i < args.n; i += W) {
+    const vi bits = reinterpret_cast<vi>(as_bits(at(i)) & 0x7fffffffu);
+    most = bits > most ? bits : most;
+  }
+  int32_t highest_bits = 0;
+  for (int j = 0; j < W; ++j) highest_bits = highest_bits > most[j] ? highest_bits : most[j];
+  const float highest = as_float(uint32_t(highest_bits));
+  const bool finite = highest < kInf;
+  *args.scale = finite ? highest / 127.0f : __builtin_nanf("");
+  float inverse = finite ? 127.0f / highest : 0.0f;
+  if (inverse == kInf) inverse = 0;  // of zeros, and of numbers so small that they are taken for zeros
   const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   int32_t total = 0;
   for (int64_t i = 0; i < args.n_padded; i += kGroup) {
@@ -100,21 +105,28 @@ bool quantize_group(const float* w, uint8_t* index, uint16_t* scale) {
     if (__builtin_fabsf(w[i]) > __builtin_fabsf(extreme)) extreme = w[i];
     finite += w[i] - w[i];  // NaN for NaN and infinity
   }
+  // Powers of two that bring the extreme to [2, 4) and back, where squared errors neither overflow nor vanish. Below 2^-118
+  // scales could be subnormal: such a group counts as zeros.
+  const uint32_t exponent = as_bits(extreme) >> 23 & 0xffu;
+  const bool zero = finite != 0 || exponent < 127 - 118;
+  const float down = zero ? 0.0f : as_float((255 - exponent) << 23), up = zero ? 0.0f : as_float((exponent - 1) << 23);
+  alignas(64) float unit[kGroup];
+  for (int64_t i = 0; i < kGroup; i += W) store(unit + i, zero ? vf{} : load(w + i) * down);
+
   float best = 0, least = kInf;
-  if (finite == 0)
-    for (const float stretch : kI4Stretches) {
-      const float candidate = as_float(uint32_t(to_bf16(extreme / (kI4Values[0] * stretch))) << 16);
-      if (!(__builtin_fabsf(candidate) > 1e-35f)) continue;  // its inverse must be finite
-      const float error = group_error(w, candidate);
-      if (!(error < least)) continue;
-      least = error;
-      best = candidate;
-    }
-  *scale = to_bf16(finite == 0 ? best : __builtin_nanf(""));
-  const float inverse = best != 0 ? 1.0f / best : 0.0f;
+  for (const float stretch : kI4Stretches) {
+    if (zero) break;
+    const float candidate = as_float(uint32_t(to_bf16(extreme * down / (kI4Values[0] * stretch))) << 16);
+    const float error = group_error(unit, candidate);
+    if (!(error < least)) continue;
+    least = error;
+    best = candidate;
+  }
+  *scale = to_bf16(finite == 0 ? best * up : __builtin_nanf(""));
+  const float inverse = zero ? 0.0f : 1.0f / best;
   for (int64_t i = 0; i < kGroup; i += W)
     *reinterpret_cast<index_mem*>(index + i) =
-        __builtin_convertvector(climb(load(w + i) * inverse, kSteps.index), index_mem);
+        __builtin_convertvector(climb(load(unit + i) * inverse, kSteps.index), index_mem);
   return finite == 0;
 }
 
