@@ -38,6 +38,7 @@ from ._C import StepEvent  # noqa: E402
 from .config import D2Cache, DLLMCache, DualCache, GenerationConfig, NoCache, PrefixCache  # noqa: E402
 from .engine import Engine, Result, Stats  # noqa: E402
 from .frequencies import TokenFrequencies  # noqa: E402
+from .quantize import quantize  # noqa: E402
 
 __all__ = [
     "D2Cache",
@@ -52,5 +53,6 @@ __all__ = [
     "StepEvent",
     "TokenFrequencies",
     "__version__",
+    "quantize",
     *_errors,
 ]

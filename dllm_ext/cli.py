@@ -1,4 +1,4 @@
-"""The command `dllm`: generate, chat, info and bench.
+"""The command `dllm`: generate, chat, info, bench and quantize.
 
 The options that decode are made from the fields of GenerationConfig and of the caches, one for each.
 """
@@ -21,6 +21,7 @@ from .config import CACHES_WITH_SETTINGS, GenerationConfig, cache_settings, fiel
 from .engine import Engine
 from .errors import ConfigError, DLLMError, InputError
 from .frequencies import TokenFrequencies
+from .quantize import quantize as write_quantized
 
 app = typer.Typer(
     name="dllm",
@@ -32,6 +33,9 @@ app = typer.Typer(
 
 Model = Annotated[str, typer.Option(help="mini-llada (bundled), a folder, or a Hugging Face id.")]
 DType = Annotated[str, typer.Option("--dtype", help="auto, float32 or bfloat16.")]
+Quantization = Annotated[
+    str | None, typer.Option(help="int8 or int4: quantise the linear layers. Default: as the checkpoint has them.")
+]
 Device = Annotated[str, typer.Option(help="auto or cpu.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Watch = Annotated[bool, typer.Option("--watch", help="Show the canvas filling in, coloured by step (in a terminal).")]
@@ -119,6 +123,7 @@ def generate(
     ] = None,
     model: Model = "mini-llada",
     dtype: DType = "auto",
+    quantization: Quantization = None,
     device: Device = "auto",
     chat: Annotated[
         bool | None,
@@ -139,7 +144,7 @@ def generate(
     text = sys.stdin.read().rstrip("\n") if prompt in (None, "-") else prompt
     if not text:
         raise InputError("the prompt is empty: give it as an argument or on stdin")
-    engine = Engine.from_pretrained(model, device=device, dtype=dtype)
+    engine = Engine.from_pretrained(model, device=device, dtype=dtype, quantization=quantization)
     config = _with_frequencies(config, fields, engine)
     ids = engine.encode(text, False if chat is None and infill else chat)
     result = _run(engine, ids, config, infill, watch)
@@ -153,10 +158,17 @@ def generate(
 
 @app.command()
 @generation_options
-def chat(model: Model = "mini-llada", dtype: DType = "auto", device: Device = "auto", watch: Watch = False, **fields):
+def chat(
+    model: Model = "mini-llada",
+    dtype: DType = "auto",
+    quantization: Quantization = None,
+    device: Device = "auto",
+    watch: Watch = False,
+    **fields,
+):
     """Talk to a model over several turns. /reset forgets the conversation, /exit leaves."""
     config = _config(fields)
-    engine = Engine.from_pretrained(model, device=device, dtype=dtype)
+    engine = Engine.from_pretrained(model, device=device, dtype=dtype, quantization=quantization)
     config = _with_frequencies(config, fields, engine)
     engine.encode([{"role": "user", "content": "?"}])  # a model without a chat template says so before the first turn
     messages = []
@@ -197,13 +209,14 @@ def info(as_json: AsJson = False):
 def bench(
     model: Model = "mini-llada",
     dtype: DType = "auto",
+    quantization: Quantization = None,
     gen_length: Annotated[int, typer.Option(help="Tokens to generate.")] = 64,
     block_length: Annotated[int, typer.Option(help="Tokens per block.")] = 32,
     repeat: Annotated[int, typer.Option(min=1, help="Runs of each; the fastest counts.")] = 3,
     as_json: AsJson = False,
 ):
     """Time every cache, one token per step and at threshold 0.9, on one short question."""
-    engine = Engine.from_pretrained(model, dtype=dtype)
+    engine = Engine.from_pretrained(model, dtype=dtype, quantization=quantization)
     prompt = engine.encode(BENCH_PROMPT)
     rows = []
     caches = ("none", "prefix", "dual", "dllm", "d2")
@@ -223,9 +236,11 @@ def bench(
             }
         )
     if as_json:
-        print(json.dumps({"model": model, "dtype": engine.dtype, "gen_length": gen_length, "rows": rows}))
+        facts = {"model": model, "dtype": engine.dtype, "quantization": engine.quantization, "gen_length": gen_length}
+        print(json.dumps({**facts, "rows": rows}))
         return
-    table = Table("cache", "rule", title=f"{model}, {engine.dtype}, prompt {len(prompt)}, gen_length {gen_length}")
+    precision = ", ".join(filter(None, (engine.dtype, engine.quantization)))
+    table = Table("cache", "rule", title=f"{model}, {precision}, prompt {len(prompt)}, gen_length {gen_length}")
     for name in ("NFE", "ms/forward", "tok/forward", "tokens/s", "block 1"):
         table.add_column(name, justify="right")
     for r in rows:
@@ -241,6 +256,19 @@ def bench(
     console = Console()
     console.print(table)
     console.print("tokens: those before the first stop id; seconds: all of generate(); the fastest run of each")
+
+
+@app.command()
+def quantize(
+    source: Annotated[str, typer.Argument(help="mini-llada (bundled), a folder, or a Hugging Face id.")],
+    destination: Annotated[str, typer.Argument(help="The folder to write; new, or empty.")],
+    to: Annotated[str, typer.Option(help="int8 or int4.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hugging Face id.")] = None,
+):
+    """Write a copy of a model with its linear layers in 8 or 4 bits; every command takes it as --model."""
+    folder = write_quantized(source, destination, to, revision)
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    print(f"{folder}: {to}, {size / 1e6:.1f} MB of weights")
 
 
 def _is_watched(watch):

@@ -1,12 +1,9 @@
 """Engine: a model and its tokenizer. The denoising loop itself is native (csrc/engine/engine.h)."""
 
-import contextlib
 import dataclasses
 import functools
 import operator
 import os
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +13,8 @@ from .checks import check_bool, check_int
 from .config import GenerationConfig, native_fields
 from .errors import ConfigError, InputError
 from .hub import model_folder
+from .progress import progress_bar
 from .tokenizer import Tokenizer
-
-PROGRESS_AFTER_SECONDS = 1.0
 
 Prompt = str | list[int] | list[dict]
 
@@ -154,7 +150,7 @@ class Engine:
         if name not in ("auto", "float32", "bfloat16"):
             raise ConfigError(f'dtype = {dtype!r} is not allowed: it must be "auto", "float32" or "bfloat16"')
         folder = model_folder(path_or_repo, revision)
-        with _load_progress(folder.name) as progress:
+        with progress_bar(f"loading {folder.name}") as progress:
             dtype = _auto_dtype(folder) if name == "auto" else name
             native = _C.Engine(os.fsencode(folder), dtype, quantization, progress)
         return cls(native, folder)
@@ -306,34 +302,3 @@ def _auto_dtype(folder):
             break
         return "bfloat16" if stored == {"BF16"} else "float32"
     return "float32"
-
-
-@contextlib.contextmanager
-def _load_progress(name):
-    """A progress callback (bytes done, bytes in all); a bar on stderr if that is a terminal and loading takes long."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    bar = Progress(
-        TextColumn(f"loading {name}"),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    )
-    task = bar.add_task(name)
-    begin = time.monotonic()
-
-    def show(done, total):
-        if time.monotonic() - begin > PROGRESS_AFTER_SECONDS:
-            bar.start()
-            bar.update(task, completed=done, total=total)
-
-    try:
-        yield show
-    finally:
-        bar.stop()

@@ -1,5 +1,6 @@
 """Small random models with tokenizers, as the two families ship them."""
 
+import io
 import json
 import os
 import signal
@@ -11,7 +12,7 @@ import models
 import pytest
 import torch
 
-from dllm_ext import Engine
+from dllm_ext import Engine, cli
 
 # A shell runs background jobs with SIGINT ignored, and child processes inherit that: the tests of Ctrl-C need it back.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -173,3 +174,24 @@ def report(request):
     book = Report()
     request.config.pluginmanager.register(book, "parity-report")
     return book
+
+
+@pytest.fixture
+def dllm(capsys, monkeypatch):
+    """Run the command in this process: dllm(*arguments, stdin=text) -> (exit code, stdout, stderr)."""
+
+    def run(*arguments, stdin=""):
+        monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
+        with pytest.raises(SystemExit) as e:
+            cli.main([str(a) for a in arguments])
+        return (e.value.code or 0, *capsys.readouterr())
+
+    return run
+
+
+def error_line(outcome):
+    """The message of a failed command, after checking that it is one line on stderr and nothing else."""
+    code, out, err = outcome
+    assert code == 2 and out == ""
+    assert err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n")
+    return err

@@ -11,34 +11,13 @@ import time
 
 import models
 import pytest
-from conftest import write_tokenizer
+from conftest import error_line, write_tokenizer
 from rich.console import Console
 
 from dllm_ext import D2Cache, DLLMCache, GenerationConfig, StepEvent, TokenFrequencies, cli, watch
 from dllm_ext.checks import kinds_of
 
 SHORT = ["--gen-length", "6", "--block-length", "4"]
-
-
-@pytest.fixture
-def dllm(capsys, monkeypatch):
-    """Run the command in this process: dllm(*arguments, stdin=text) -> (exit code, stdout, stderr)."""
-
-    def run(*arguments, stdin=""):
-        monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
-        with pytest.raises(SystemExit) as e:
-            cli.main([str(a) for a in arguments])
-        return (e.value.code or 0, *capsys.readouterr())
-
-    return run
-
-
-def error_line(outcome):
-    """The message of a failed command, after checking that it is one line on stderr and nothing else."""
-    code, out, err = outcome
-    assert code == 2 and out == ""
-    assert err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n")
-    return err
 
 
 # generate

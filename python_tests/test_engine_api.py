@@ -13,7 +13,18 @@ import pytest
 import torch
 
 import dllm_ext
-from dllm_ext import _C, CheckpointError, ConfigError, Engine, GenerationConfig, InputError, Result, Stats, StepEvent
+from dllm_ext import (
+    _C,
+    CheckpointError,
+    ConfigError,
+    Engine,
+    GenerationConfig,
+    InputError,
+    Result,
+    Stats,
+    StepEvent,
+    progress,
+)
 from dllm_ext import engine as engine_module
 from dllm_ext.config import native_fields
 
@@ -157,13 +168,13 @@ class Terminal:
 def test_progress_bar_appears_on_long_loads_only(folder, monkeypatch, seconds, shown):
     terminal = Terminal()
     monkeypatch.setattr("sys.stderr", terminal)
-    monkeypatch.setattr(engine_module, "PROGRESS_AFTER_SECONDS", seconds)
+    monkeypatch.setattr(progress, "AFTER_SECONDS", seconds)
     Engine.from_pretrained(folder)
     assert (f"loading {folder.name}" in terminal.text) == shown
 
 
 def test_no_progress_bar_without_a_terminal(folder, capfd, monkeypatch):
-    monkeypatch.setattr(engine_module, "PROGRESS_AFTER_SECONDS", 0)
+    monkeypatch.setattr(progress, "AFTER_SECONDS", 0)
     Engine.from_pretrained(folder)
     assert capfd.readouterr() == ("", "")
 
