@@ -66,7 +66,6 @@ struct Task {
 
 // A thread's working set for one task.
 struct Scratch {
-  Buffer memory;
   void* q;  // [rows, hd] as the kernel reads A
   float* scores;  // [rows, ld_scores]: the chunks of a pass side by side, or all chunks
   uint16_t* bf16;  // [rows, ld_bf16], exponentials where the kernel reads A as bf16
@@ -75,20 +74,29 @@ struct Scratch {
   // Rows are an odd number of cache lines apart, so that they do not compete for the same places in a cache.
   static int64_t ld_scores(int64_t keys) { return divide_up(keys, kPanel) * kPanel + 16; }
   static int64_t ld_bf16(int64_t keys) { return divide_up(keys, kPanel) * kPanel + 32; }
+};
 
-  void prepare(int64_t hd_pad, int64_t chunks, int64_t kept_keys) {
-    const size_t q_bytes = size_t(kTile * hd_pad) * 4;
-    const size_t score_bytes = size_t(kTile * ld_scores(std::max(kChunk, kept_keys))) * 4;
-    const size_t bf16_bytes = size_t(kTile * ld_bf16(kChunk)) * 2;
-    memory.reserve(q_bytes + score_bytes + bf16_bytes + size_t(Partials::floats(chunks, kTile, hd_pad)) * 4,
-                   "attention scratch");
-    char* p = memory.as<char>();
-    const auto take = [&](size_t bytes) { return std::exchange(p, p + bytes); };
-    q = take(q_bytes);
-    scores = reinterpret_cast<float*>(take(score_bytes));
-    bf16 = reinterpret_cast<uint16_t*>(take(bf16_bytes));
-    partials = reinterpret_cast<float*>(p);
+// Every thread's Scratch. It belongs to the thread that calls attention(): were it the workers' own, one of them might
+// need memory long after the others because it never had a task before.
+class Scratches {
+ public:
+  // chunks: most of a tile with one task; kept_keys: most of a sequence whose scores are kept.
+  void reserve(int64_t hd_pad, int64_t chunks, int64_t kept_keys) {
+    q_bytes_ = size_t(kTile * hd_pad) * 4;
+    score_bytes_ = size_t(kTile * Scratch::ld_scores(std::max(kChunk, kept_keys))) * 4;
+    bf16_bytes_ = size_t(kTile * Scratch::ld_bf16(kChunk)) * 2;
+    bytes_ = q_bytes_ + score_bytes_ + bf16_bytes_ + size_t(Partials::floats(chunks, kTile, hd_pad)) * 4;
+    memory_.reserve(checked_bytes("attention scratch", size_t(num_threads()), bytes_), "attention scratch");
   }
+  Scratch mine() const {
+    char* q = memory_.as<char>() + size_t(thread_index()) * bytes_;
+    char *scores = q + q_bytes_, *bf16 = scores + score_bytes_, *partials = bf16 + bf16_bytes_;
+    return {q, reinterpret_cast<float*>(scores), reinterpret_cast<uint16_t*>(bf16), reinterpret_cast<float*>(partials)};
+  }
+
+ private:
+  Buffer memory_;
+  size_t q_bytes_ = 0, score_bytes_ = 0, bf16_bytes_ = 0, bytes_ = 0;  // of a thread; all are multiples of 64
 };
 
 // Where a tile's rows are in q and out.
@@ -175,13 +183,17 @@ struct Plan {
   std::vector<Tile> tiles;
   std::vector<Task> tasks;
   int64_t grain = 1;  // tasks that are worth a thread
+  Scratches scratches;
   Buffer partials;  // of tiles with several tasks
   std::vector<std::atomic<int64_t>> left;  // by tile: tasks not yet done
 
   void make(const AttentionArgs& args);
 
  private:
-  void add(const AttentionArgs& args, const AttentionSequence& sequence, int64_t limit, int64_t& shared_floats);
+  int64_t chunks_alone_ = 0;  // most of a tile with one task
+  int64_t shared_floats_ = 0;
+
+  void add(const AttentionArgs& args, const AttentionSequence& sequence, int64_t limit);
 };
 
 void Plan::make(const AttentionArgs& args) {
@@ -197,17 +209,18 @@ void Plan::make(const AttentionArgs& args) {
 
   tiles.clear();
   tasks.clear();
-  int64_t shared_floats = 0;
+  chunks_alone_ = shared_floats_ = 0;
   for (int64_t s = 0; s < args.n_sequences; ++s)
-    if (!args.sequences[s].mean) add(args, args.sequences[s], limit, shared_floats);
+    if (!args.sequences[s].mean) add(args, args.sequences[s], limit);
   if (tasks.empty()) return;
   grain = std::max<int64_t>(1, kLeast * int64_t(tasks.size()) / std::max<int64_t>(1, all));
-  partials.reserve(checked_bytes("attention", size_t(shared_floats), sizeof(float)), "attention's partial sums");
+  scratches.reserve(args.sequences[0].slab.hd_pad(), chunks_alone_, 0);
+  partials.reserve(checked_bytes("attention", size_t(shared_floats_), sizeof(float)), "attention's partial sums");
   if (left.size() < tiles.size()) left = std::vector<std::atomic<int64_t>>(tiles.size());
   for (size_t t = 0; t < tiles.size(); ++t) left[t].store(tiles[t].tasks, std::memory_order_relaxed);
 }
 
-void Plan::add(const AttentionArgs& args, const AttentionSequence& sequence, int64_t limit, int64_t& shared_floats) {
+void Plan::add(const AttentionArgs& args, const AttentionSequence& sequence, int64_t limit) {
   const int64_t hd = args.head_dim, hd_pad = sequence.slab.hd_pad(), group = args.n_heads / args.n_kv;
   const int64_t all_rows = (sequence.row_end - sequence.row_begin) * group;
   if (all_rows == 0) return;
@@ -219,13 +232,14 @@ void Plan::add(const AttentionArgs& args, const AttentionSequence& sequence, int
   const int64_t chunks_within = std::clamp<int64_t>(limit / cost(most, chunks.size, hd), 1, chunks.count);
   const int64_t parts = divide_up(chunks.count, chunks_within);
   most = rows_within(std::min(chunks_within * chunks.size, sequence.n_keys), kShorter, most);
+  if (parts == 1) chunks_alone_ = std::max(chunks_alone_, chunks.count);
 
   for (int h = 0; h < args.n_kv; ++h)
     for_tiles(0, all_rows, most, [&](int64_t begin, int64_t end) {
       for (int64_t p = 0; p < parts; ++p)
         tasks.push_back({int64_t(tiles.size()), chunks.count * p / parts, chunks.count * (p + 1) / parts});
-      tiles.push_back({&sequence, h, begin, end, parts, shared_floats});
-      if (parts > 1) shared_floats += Partials::floats(chunks.count, end - begin, hd_pad);
+      tiles.push_back({&sequence, h, begin, end, parts, shared_floats_});
+      if (parts > 1) shared_floats_ += Partials::floats(chunks.count, end - begin, hd_pad);
     });
 }
 
@@ -234,13 +248,12 @@ void run_tiles(const AttentionArgs& args) {
   thread_local Plan plan;
   plan.make(args);
   const auto run = [&args, &plan = plan](int64_t begin, int64_t end) {
-    thread_local Scratch scratch;
+    const Scratch scratch = plan.scratches.mine();
     for (int64_t t = begin; t < end; ++t) {
       const Task& task = plan.tasks[size_t(t)];
       const Tile& tile = plan.tiles[size_t(task.tile)];
       const int64_t count = Chunks(tile.sequence->n_keys).count, hd_pad = tile.sequence->slab.hd_pad();
       const bool alone = tile.tasks == 1;
-      scratch.prepare(hd_pad, alone ? count : 0, 0);
       float* memory = alone ? scratch.partials : plan.partials.as<float>() + tile.partials;
       const Partials partials = Partials::at(memory, count, tile.rows(), hd_pad);
       attend(args, tile, task.chunk_begin, task.chunk_end, partials, false, scratch);
@@ -273,16 +286,23 @@ void run_rows_with_mean(const AttentionArgs& args) {
     int64_t begin, end;  // rows, counted from row_begin
   };
   const int64_t group = args.n_heads / args.n_kv, most = std::max<int64_t>(1, kMeanRows / group);
-  int64_t all_rows = 0;
+  int64_t all_rows = 0, most_keys = 0;
   for (int64_t s = 0; s < args.n_sequences; ++s)
-    if (args.sequences[s].mean) all_rows += args.sequences[s].row_end - args.sequences[s].row_begin;
+    if (const AttentionSequence& sequence = args.sequences[s]; sequence.mean) {
+      all_rows += sequence.row_end - sequence.row_begin;
+      most_keys = std::max(most_keys, sequence.n_keys);
+    }
   if (all_rows == 0) return;
 
   // Few long tasks: their number, where there is but one sequence, is a multiple of the number of threads.
   const int64_t threads = num_threads(), wanted = divide_up(divide_up(all_rows, most), threads) * threads;
-  thread_local std::vector<RowTask> kept_tasks;
-  std::vector<RowTask>& tasks = kept_tasks;
+  thread_local struct {
+    std::vector<RowTask> tasks;
+    Scratches scratches;
+  } kept;
+  std::vector<RowTask>& tasks = kept.tasks;
   tasks.clear();
+  kept.scratches.reserve(args.sequences[0].slab.hd_pad(), Chunks(most_keys).count, most_keys);
   for (int64_t s = 0; s < args.n_sequences; ++s) {
     const AttentionSequence& sequence = args.sequences[s];
     const int64_t rows = sequence.row_end - sequence.row_begin;
@@ -290,13 +310,12 @@ void run_rows_with_mean(const AttentionArgs& args) {
     const int64_t n = std::min(rows, divide_up(rows * wanted, all_rows));
     for (int64_t t = 0; t < n; ++t) tasks.push_back({&sequence, rows * t / n, rows * (t + 1) / n});
   }
-  parallel_for(int64_t(tasks.size()), 1, [&](int64_t first, int64_t last) {
-    thread_local Scratch scratch;
+  parallel_for(int64_t(tasks.size()), 1, [&, &scratches = kept.scratches](int64_t first, int64_t last) {
+    const Scratch scratch = scratches.mine();
     for (int64_t t = first; t < last; ++t) {
       const RowTask& task = tasks[size_t(t)];
       const AttentionSequence& sequence = *task.sequence;
       const int64_t count = Chunks(sequence.n_keys).count, hd_pad = sequence.slab.hd_pad();
-      scratch.prepare(hd_pad, count, sequence.n_keys);
       for (int64_t r = task.begin; r < task.end; ++r)
         std::fill_n(sequence.mean + r * sequence.ld_mean, sequence.n_keys, 0.0f);
       for (int h = 0; h < args.n_kv; ++h)

@@ -62,15 +62,14 @@ void softmax_weights(int64_t rows, int64_t chunks, float scale, float* max_in_we
 }
 
 void weighted_sum(const WeightedSum& args) {
-  alignas(64) float y[W];
-  for (int64_t i = 0; i < args.n; i += W) {
+  const auto sum = [&](int64_t i) {
     const float* x = args.x + i;
     vf total = load(x) * splat(args.weights[0]);
     for (int64_t c = 1; c < args.count; ++c)
       total = fma(load(x + c * args.ldx), splat(args.weights[c * args.ldw]), total);
-    store(y, total);
-    write_values(y, args.n - i < W ? args.n - i : W, args.out, i, args.bf16);
-  }
+    return total;
+  };
+  write_row(args.n, args.out, args.bf16, sum, [&](int64_t i, float* y) { store(y, sum(i)); });
 }
 
 }  // namespace
