@@ -61,9 +61,9 @@ def test_native_code_raises_these_classes(tmp_path):
     with pytest.raises(ConfigError):
         _C.set_isa("quantum")
     with pytest.raises(CheckpointError):
-        _C.Engine(str(tmp_path / "none"), "float32", None)
+        _C.Engine(str(tmp_path / "none"), "float32")
     with pytest.raises(ConfigError):
-        _C.Engine(str(tmp_path), "float8", None)
+        _C.Engine(str(tmp_path), "float8")
     with pytest.raises(CheckpointError):
         _C.ModelSpec.from_config("{")
 
@@ -133,12 +133,12 @@ def test_progress_errors_come_out(llada_folder):
         raise OwnError("mine")
 
     with pytest.raises(OwnError):
-        _C.Engine(str(llada_folder), "float32", progress)
+        _C.Engine(str(llada_folder), "float32", progress=progress)
 
 
 def test_progress_ends_at_the_total(llada_folder):
     calls = []
-    _C.Engine(str(llada_folder), "float32", lambda done, total: calls.append((done, total)))
+    _C.Engine(str(llada_folder), "float32", progress=lambda done, total: calls.append((done, total)))
     done, totals = zip(*calls, strict=True)
     assert list(done) == sorted(done) and len(set(totals)) == 1 and done[-1] == totals[0]
 

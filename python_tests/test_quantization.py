@@ -145,6 +145,17 @@ def test_a_batch_gives_what_its_prompts_give_alone(folders, family, fmt, cache):
             assert engine.generate(prompt, **settings).token_ids == result.token_ids
 
 
+@pytest.mark.parametrize("family,tied", VARIANTS)
+def test_progress_ends_at_the_total(folders, family, tied):
+    for stored, asked in ((None, None), (None, "int4"), ("int8", None)):
+        calls = []
+        dllm_ext._C.Engine(
+            str(folders(family, tied, stored)), "float32", asked, progress=lambda *call, calls=calls: calls.append(call)
+        )
+        done, totals = zip(*calls, strict=True)
+        assert list(done) == sorted(done) and len(set(totals)) == 1 and done[-1] == totals[0]
+
+
 def test_auto_dtype_is_that_of_what_is_not_quantised(folders):
     engine = Engine.from_pretrained(folders("llada", False, "int8"))
     assert engine.dtype == "float32"

@@ -16,6 +16,8 @@ class Loader {
          const LoadProgress& progress)
       : spec_(spec), ckpt_(ckpt), dtype_(dtype), quantization_(quantization), progress_(progress) {
     for (const TensorSlot& slot : tensors_of(spec)) total_ += ckpt.tensor(slot.name, slot.shape).bytes;
+    if (spec.tied_head)  // it is read twice
+      total_ += ckpt.tensor(names_of(spec).embedding + ".weight", {spec.vocab_size, spec.d_model}).bytes;
   }
 
   DType dtype_of(const CheckpointTensor& t, const std::string& name) const {
@@ -50,7 +52,7 @@ class Loader {
   ops::WeightSource matrix(const std::string& name, int64_t n, int64_t k, Quantization stored) {
     if (stored != Quantization::None) return quantized_matrix(name, n, k, stored);
     const CheckpointTensor& t = ckpt_.tensor(name + ".weight", {n, k});
-    const DType dt = dtype_of(t, name);
+    const DType dt = dtype_of(t, name + ".weight");
     const void* data = t.data;
     if (uintptr_t(data) % size_of(dt)) {
       aligned_.emplace_back(t.bytes, name.c_str());
