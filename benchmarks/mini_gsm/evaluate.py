@@ -3,12 +3,14 @@
     python evaluate.py                                    # the standard table: 1 2 4 8 tokens a step, thresholds
     python evaluate.py --settings k=1 t=0.9/dual -n 1000  # chosen settings
     python evaluate.py --settings k=1 k=1/dllm:kr=7 k=1/d2:current_k=16,block_length=64
+    python evaluate.py --settings k=1 k=1@int8 k=1@int4   # quantised weights
     python evaluate.py --json result.json
 
 A setting is `k=TOKENS_PER_STEP` or `t=THRESHOLD`, with `/CACHE` behind it for a cache (none, prefix, dual, dllm, d2)
-and `:NAME=NUMBER,...` behind that for the cache's parameters or a block length of its own. The first one is the
-baseline: every other is compared with it problem by problem. The standard error of such a paired difference is smaller
-than that of the difference of two independent accuracies, because most problems come out the same both times.
+and `:NAME=NUMBER,...` behind that for the cache's parameters or a block length of its own; `@int8` or `@int4` at the
+end quantises the weights. The first one is the baseline: every other is compared with it problem by problem. The
+standard error of such a paired difference is smaller than that of the difference of two independent accuracies, because
+most problems come out the same both times.
 
 The settings take turns, group of problems by group, so that a machine whose speed drifts is equally unfair to all.
 """
@@ -45,9 +47,17 @@ class Row:
     seconds: float
 
 
+def quantization_of(setting: str) -> str | None:
+    """What stands behind the @ of a setting."""
+    _, _, quantization = setting.partition("@")
+    if quantization not in ("", "int8", "int4"):
+        raise SystemExit(f"setting {setting!r}: expected @int8 or @int4")
+    return quantization or None
+
+
 def decoding_fields(setting: str) -> dict:
-    """The `generate()` fields that a setting such as "k=4", "t=0.9/dual" or "k=1/dllm:kr=7" stands for."""
-    decoder, _, cache = setting.partition("/")
+    """The `generate()` fields that a setting such as "k=4", "t=0.9/dual" or "k=1/dllm:kr=7@int8" stands for."""
+    decoder, _, cache = setting.partition("@")[0].partition("/")
     kind, _, value = decoder.partition("=")
     name, _, listed = cache.partition(":")
     try:
@@ -71,8 +81,11 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
     return mean, math.sqrt(spread / len(values))
 
 
-def decode(engine, problems: list[Problem], options: argparse.Namespace) -> dict[str, tuple[list, float]]:
-    """Every problem with every setting, taking turns in small groups: results and seconds by setting."""
+def decode(engines: dict, problems: list[Problem], options: argparse.Namespace) -> dict[str, tuple[list, float]]:
+    """Every problem with every setting, taking turns in small groups: results and seconds by setting.
+
+    engines: by quantization.
+    """
     fields = {
         setting: {"gen_length": options.gen_length, "block_length": options.block_length, **decoding_fields(setting)}
         for setting in options.settings
@@ -83,16 +96,18 @@ def decode(engine, problems: list[Problem], options: argparse.Namespace) -> dict
             group = [problem.question for problem in problems[start : start + options.batch_size]]
             for setting, chosen in fields.items():
                 began = time.perf_counter()
+                engine = engines[quantization_of(setting)]
                 results[setting] += engine.generate(group, batch_size=options.batch_size, **chosen)
                 seconds[setting] += time.perf_counter() - began
             bar.update(len(group))
     return {setting: (results[setting], seconds[setting]) for setting in fields}
 
 
-def compare(engine, problems: list[Problem], options: argparse.Namespace) -> tuple[list[Row], dict]:
+def compare(engines: dict, problems: list[Problem], options: argparse.Namespace) -> tuple[list[Row], dict]:
     """The rows of the table, and for each setting the accuracy within each family of problems."""
     rows, by_family, baseline = [], {}, None
-    for setting, (results, seconds) in decode(engine, problems, options).items():
+    n_layers = next(iter(engines.values())).spec.n_layers
+    for setting, (results, seconds) in decode(engines, problems, options).items():
         right = [
             float(final_answer(result.text) == final_answer(problem.answer))
             for result, problem in zip(results, problems, strict=True)
@@ -114,7 +129,7 @@ def compare(engine, problems: list[Problem], options: argparse.Namespace) -> tup
                 difference_error=difference_error,
                 nfe=nfe,
                 nfe_saved=1 - nfe / baseline[1],
-                rows_per_token=layer_rows / engine.spec.n_layers / max(1, tokens),
+                rows_per_token=layer_rows / n_layers / max(1, tokens),
                 tokens_per_second=tokens / seconds,
                 seconds=seconds,
             )
@@ -145,7 +160,7 @@ def main() -> None:
     parser.add_argument("--model", default="mini-llada", help="bundled name or folder")
     parser.add_argument("-n", "--problems", type=int, default=500, help="how many held-out problems")
     parser.add_argument("--seed", type=int, default=4242, help="which held-out problems")
-    parser.add_argument("--settings", nargs="+", default=STANDARD, help="k=INTEGER or t=NUMBER, each with /CACHE")
+    parser.add_argument("--settings", nargs="+", default=STANDARD, help="k=INTEGER or t=NUMBER[/CACHE][@int8]")
     parser.add_argument("--gen-length", type=int, default=64)
     parser.add_argument("--block-length", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=8)
@@ -155,9 +170,12 @@ def main() -> None:
     for setting in options.settings:
         decoding_fields(setting)
 
-    engine = Engine.from_pretrained(options.model, dtype=options.dtype)
+    engines = {
+        quantization: Engine.from_pretrained(options.model, dtype=options.dtype, quantization=quantization)
+        for quantization in dict.fromkeys(map(quantization_of, options.settings))
+    }
     problems = held_out(options.problems, options.seed)
-    rows, by_family = compare(engine, problems, options)
+    rows, by_family = compare(engines, problems, options)
     print(
         f"\n{len(problems)} held-out problems, gen_length {options.gen_length}, block_length {options.block_length}\n"
     )
@@ -165,7 +183,7 @@ def main() -> None:
     if options.json:
         content = {
             "model": options.model,
-            "dtype": engine.dtype,
+            "dtype": next(iter(engines.values())).dtype,
             "gen_length": options.gen_length,
             "block_length": options.block_length,
             "seed": options.seed,
