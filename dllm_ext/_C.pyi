@@ -59,6 +59,8 @@ class Checkpoint:
 
         CheckpointError where it is missing, or has another shape or dtype.
         """
+    def release(self, name: str, shape: list[int]) -> None:
+        """Let go of the memory that a tensor's pages take; its arrays stay valid and read the file again."""
 
 class StepEvent:
     """What one step of one sequence did; given to generate()'s on_step."""

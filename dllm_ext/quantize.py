@@ -47,7 +47,7 @@ def quantize(source: str | os.PathLike, destination: str | os.PathLike, to: str,
             raise ConfigError(f"destination = {str(destination)!r} is not allowed: it exists and is no empty folder")
     checkpoint = _C.Checkpoint(os.fsencode(folder))
     config, slots, linear = _plan(folder, checkpoint.config_text, to)
-    tensors = {name: checkpoint.tensor(name, shape) for name, shape in slots.items()}  # all that is wrong shows now
+    total = sum(checkpoint.tensor(name, shape).nbytes for name, shape in slots.items())  # all that is wrong shows now
 
     scratch = destination.parent / f".{destination.name}.{secrets.token_hex(4)}"
     with _destination_errors(destination):
@@ -56,7 +56,8 @@ def quantize(source: str | os.PathLike, destination: str | os.PathLike, to: str,
             _copy_small_files(folder, scratch)
             (scratch / "config.json").write_text(json.dumps(config, indent=2) + "\n")
             with progress_bar(f"quantizing {folder.name}") as progress:
-                _write_weights(tensors, linear, scratch, progress)
+                read = _quantized_tensors(checkpoint, slots, linear)
+                _write_weights(read, total, scratch, progress)
             scratch.rename(destination)  # replaces an empty folder
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -81,18 +82,35 @@ def _plan(folder, config_text, to):
     return config, slots, linear
 
 
-def _write_weights(tensors, linear, folder, progress):
-    """model.safetensors, or shards and their index: every tensor, in its order, quantised if it is in `linear`."""
-    total, done = sum(array.nbytes for array in tensors.values()), 0
-    shards, shard, size, written = [], {}, 0, 0
-    for name, array in tensors.items():
-        parts = _quantized(name, array, linear[name]) if name in linear else {name: _tensor(array.copy())}
+def _quantized_tensors(checkpoint, slots, linear):
+    """Tensor by tensor of the source: its bytes, and by name what becomes of it (one tensor or two)."""
+    for name, shape in slots.items():
+        array = checkpoint.tensor(name, shape)
+        if name in linear:
+            values, scales = _C.quantize(array, linear[name], name)
+            yield array.nbytes, {name: torch.from_numpy(values), f"{name}_scale": _as_torch(scales)}
+        else:
+            yield array.nbytes, {name: _as_torch(array.copy())}
+        checkpoint.release(name, shape)
+
+
+def _as_torch(array):
+    """fp32, or bf16 as uint16, as a torch tensor."""
+    if array.dtype == np.uint16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def _write_weights(tensors, total, folder, progress):
+    """model.safetensors, or shards and their index, of what _quantized_tensors gives; total: bytes of the source."""
+    shards, shard, size, written, done = [], {}, 0, 0, 0
+    for source_bytes, parts in tensors:
         more = sum(part.nbytes for part in parts.values())
         if shard and size + more > SHARD_BYTES:
             shards.append(_write_shard(shard, folder, len(shards)))
             shard, size = {}, 0
         shard |= parts
-        size, written, done = size + more, written + more, done + array.nbytes
+        size, written, done = size + more, written + more, done + source_bytes
         if progress:
             progress(done, total)
     shards.append(_write_shard(shard, folder, len(shards)))
@@ -107,19 +125,6 @@ def _write_weights(tensors, linear, folder, progress):
         weight_map |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": written}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _quantized(name, array, to):
-    """The two tensors that a linear layer's weight [n, k] becomes."""
-    values, scales = _C.quantize(array, to, name)
-    return {name: torch.from_numpy(values), f"{name}_scale": _tensor(scales)}
-
-
-def _tensor(array):
-    """fp32, or bf16 as uint16, as a torch tensor."""
-    if array.dtype == np.uint16:
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
 
 
 def _shard_name(index):

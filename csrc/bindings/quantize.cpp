@@ -65,6 +65,13 @@ void bind_quantize(py::module_& m) {
   py::class_<Checkpoint>(m, "Checkpoint")
       .def(py::init<const std::string&>(), py::arg("folder"))
       .def_property_readonly("config_text", [](const Checkpoint& c) { return py::bytes(c.config_text()); })
-      .def("tensor", &read_tensor, py::arg("name"), py::arg("shape"));
+      .def("tensor", &read_tensor, py::arg("name"), py::arg("shape"))
+      .def(
+          "release",
+          [](const Checkpoint& c, const std::string& name, const std::vector<int64_t>& shape) {
+            const CheckpointTensor& t = c.tensor(name, shape);
+            t.file->release(t.data, t.bytes);
+          },
+          py::arg("name"), py::arg("shape"));
   m.def("quantize", &quantize, py::arg("weight"), py::arg("format"), py::arg("name") = "weight");
 }
