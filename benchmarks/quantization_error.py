@@ -3,9 +3,10 @@
     python benchmarks/quantization_error.py --models mini-llada llada-1b
 
 Logits: one full forward in every precision, by the engine's own kernels, layer by layer (one layer's weights are in
-memory at a time), compared at the masked positions with fp32. mini-llada gets held-out problems of its task, the random
-1.0 B shape random tokens. The error is the root mean square of the difference divided by that of the fp32 logits, both
-after subtracting each row's mean, which no softmax sees; KL is that of the distributions, in nats.
+memory at a time), compared with fp32: for mini-llada at the masked positions behind held-out problems of its task, for
+the random 1.0 B shape at all positions of random tokens (its masked rows would all be alike). The error is the root
+mean square of the difference divided by that of the fp32 logits, both after subtracting each row's mean, which no
+softmax sees; KL is that of the distributions, in nats.
 
 Weights: the same ratio for the weights of all linear layers, beside plain rounding as other engines have it: Q8_0 and
 Q4_0, groups of 32 with an fp16 scale, evenly spaced values. At most --rows rows of a tensor are looked at.
@@ -129,23 +130,24 @@ class Forward:
 
 
 def canvases(name, folder, model, count, masked):
-    """Token ids of `count` prompts with `masked` mask tokens behind them."""
-    mask = [model.spec.mask_id] * masked
-    if name == "mini-llada":
-        from data import held_out
+    """Token ids of `count` problems with `masked` mask tokens behind them; of a random model, one of random tokens."""
+    if name not in BUNDLED:
+        return [np.random.default_rng(0).integers(4, model.spec.vocab_size - 4, 2 * masked).tolist()]
+    from data import held_out
 
-        engine = Engine.from_pretrained(folder)
-        return [engine.encode(p.question) + mask for p in held_out(count, 4242)]
-    generator = np.random.default_rng(0)
-    return [generator.integers(4, model.spec.vocab_size - 4, 48).tolist() + mask for _ in range(count)]
+    engine = Engine.from_pretrained(folder)
+    return [engine.encode(p.question) + [model.spec.mask_id] * masked for p in held_out(count, 4242)]
 
 
 def log_softmax(logits):
     return torch.from_numpy(logits).double().log_softmax(-1).numpy()
 
 
-def logit_errors(model, sequences, masked):
-    """Precision -> [root mean square error, share of rows with the same best id, KL], over all rows."""
+def logit_errors(model, sequences, last):
+    """Precision -> [root mean square error, share of rows with the same best id, KL], over all rows.
+
+    Of each sequence the `last` positions count; 0: all of them.
+    """
     logits = {precision: [] for precision in PRECISIONS}
     for tokens in tqdm(sequences, desc="logits", leave=False):
         streams = {precision: Forward(model, precision, tokens) for precision in PRECISIONS}
@@ -153,7 +155,7 @@ def logit_errors(model, sequences, masked):
             for stream in streams.values():
                 stream.layer(i)
         for precision, stream in streams.items():
-            logits[precision].append(stream.logits(range(len(tokens) - masked, len(tokens))))
+            logits[precision].append(stream.logits(range(len(tokens))[-last:]))
     exact = np.concatenate(logits["float32"]).astype(np.float64)
     center = exact - exact.mean(-1, keepdims=True)
     p = log_softmax(exact)
@@ -240,7 +242,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Errors of logits and weights in every precision.")
     parser.add_argument("--models", nargs="+", default=["mini-llada", "llada-1b"], help="mini-llada, llada-1b")
     parser.add_argument("--sequences", type=int, default=32, help="canvases of mini-llada; a random model gets one")
-    parser.add_argument("--masked", type=int, default=32, help="masked positions of each")
+    parser.add_argument("--masked", type=int, default=32, help="masked positions of each; half of the random canvas")
     parser.add_argument("--rows", type=int, default=256, help="of a tensor, for the weights' own error")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where random weights go")
     parser.add_argument("--json", type=Path, help="write the numbers to this file")
@@ -250,10 +252,10 @@ def main() -> None:
     for name in args.models:
         folder = BUNDLED.get(name) or write_llada(args.folder, name)
         model = Model(folder)
-        sequences = canvases(name, folder, model, args.sequences if name in BUNDLED else 1, args.masked)
+        sequences = canvases(name, folder, model, args.sequences, args.masked)
         if name in BUNDLED:
             check(folder, model, sequences[0], args.masked)
-        logits = logit_errors(model, sequences, args.masked)
+        logits = logit_errors(model, sequences, args.masked if name in BUNDLED else 0)
         numbers[name] = {"logits": logits, "weights": weight_errors(model, args.rows)}
 
     print("\n| model | precision | error of logits | same best id | KL |\n| --- | --- | ---: | ---: | ---: |")
