@@ -49,7 +49,8 @@ class Stats:
     commits: list[int] = field(repr=False)
     """Positions committed."""
     buffer_bytes: list[int] = field(repr=False)
-    """Bytes newly taken for slabs and scratch, by the whole process: 0 but for a sequence's first step."""
+    """Bytes newly taken for slabs and scratch, by the whole process: 0 but for a sequence's first step, and where a
+    thread first gets some kind of work (its own scratch, kept from then on)."""
     seconds: list[float] = field(repr=False)
     """Wall seconds."""
     selection_seconds: list[float] = field(repr=False)

@@ -4,8 +4,9 @@
 #include <cmath>
 #include <limits>
 #include <numeric>
-#include <vector>
+#include <span>
 
+#include "runtime/buffer.h"
 #include "runtime/order.h"
 
 namespace dllm {
@@ -15,10 +16,11 @@ namespace {
 constexpr float kFiltered = -std::numeric_limits<float>::infinity();
 
 void keep_nucleus(float* logits, int64_t vocab, double top_p) {
-  thread_local std::vector<int32_t> ids;
-  ids.resize(size_t(vocab));
-  std::iota(ids.begin(), ids.end(), 0);
-  std::erase_if(ids, [&](int32_t i) { return logits[i] == kFiltered; });
+  thread_local Buffer scratch;
+  scratch.reserve(checked_bytes("the nucleus", size_t(vocab), sizeof(int32_t)), "the nucleus");
+  int32_t* const all = scratch.as<int32_t>();
+  std::iota(all, all + vocab, 0);
+  const std::span ids(all, std::remove_if(all, all + vocab, [&](int32_t i) { return logits[i] == kFiltered; }));
   if (ids.empty()) return;
   std::sort(ids.begin(), ids.end(), by_falling([&](int32_t i) { return logits[i]; }));
   const double best = logits[ids[0]];
@@ -34,10 +36,12 @@ void keep_nucleus(float* logits, int64_t vocab, double top_p) {
 
 void keep_top_k(float* logits, int64_t vocab, int64_t k) {
   if (k >= vocab) return;
-  thread_local std::vector<float> sorted;
-  sorted.assign(logits, logits + vocab);
-  std::nth_element(sorted.begin(), sorted.begin() + (k - 1), sorted.end(), std::greater<float>());
-  const float kth = sorted[size_t(k - 1)];
+  thread_local Buffer scratch;
+  scratch.reserve(checked_bytes("the best ids", size_t(vocab), sizeof(float)), "the best ids");
+  float* const sorted = scratch.as<float>();
+  std::copy_n(logits, vocab, sorted);
+  std::nth_element(sorted, sorted + (k - 1), sorted + vocab, std::greater<float>());
+  const float kth = sorted[k - 1];
   for (int64_t i = 0; i < vocab; ++i)
     if (logits[i] < kth) logits[i] = kFiltered;
 }
