@@ -42,17 +42,6 @@ void operator delete(void* p, size_t, std::align_val_t) noexcept { std::free(p);
 using namespace dllm;
 using test::TempFolder;
 
-// Attention lists its tasks in a vector, in every layer. The linker puts this in front of it (--wrap, CMakeLists.txt), so
-// that nothing else hides behind those allocations; its Buffers still count.
-extern "C" {
-void __real__ZN4dllm3ops9attentionERKNS0_13AttentionArgsE(const ops::AttentionArgs& args);
-void __wrap__ZN4dllm3ops9attentionERKNS0_13AttentionArgsE(const ops::AttentionArgs& args) {
-  const int64_t before = news;
-  __real__ZN4dllm3ops9attentionERKNS0_13AttentionArgsE(args);
-  news = before;
-}
-}
-
 namespace {
 
 // Buffers come from aligned_alloc, which is not operator new. They are all that a kernel's scratch is made of.

@@ -80,7 +80,7 @@ struct Scratch {
 // need memory long after the others because it never had a task before.
 class Scratches {
  public:
-  // chunks: most of a tile with one task; kept_keys: most of a sequence whose scores are kept.
+  // chunks: most of a sequence; kept_keys: most of one whose scores are kept.
   void reserve(int64_t hd_pad, int64_t chunks, int64_t kept_keys) {
     q_bytes_ = size_t(kTile * hd_pad) * 4;
     score_bytes_ = size_t(kTile * Scratch::ld_scores(std::max(kChunk, kept_keys))) * 4;
@@ -178,7 +178,7 @@ void for_tiles(int64_t begin, int64_t end, int64_t most, F&& f) {
 
 int64_t cost(int64_t rows, int64_t keys, int64_t hd) { return (rows + kReadRows) * keys * hd; }
 
-// The tiles of a call and their tasks; memory is kept from call to call.
+// The tiles of a call and their tasks. Its memory is kept from call to call.
 struct Plan {
   std::vector<Tile> tiles;
   std::vector<Task> tasks;
@@ -190,33 +190,32 @@ struct Plan {
   void make(const AttentionArgs& args);
 
  private:
-  int64_t chunks_alone_ = 0;  // most of a tile with one task
   int64_t shared_floats_ = 0;
 
   void add(const AttentionArgs& args, const AttentionSequence& sequence, int64_t limit);
+  void reserve(int64_t threads, int64_t chunks, int64_t hd_pad);
 };
 
 void Plan::make(const AttentionArgs& args) {
   const int64_t group = args.n_heads / args.n_kv, threads = num_threads();
-  int64_t all = 0;
+  int64_t all = 0, chunks = 0;
   for (int64_t s = 0; s < args.n_sequences; ++s) {
     const AttentionSequence& sequence = args.sequences[s];
     if (sequence.mean) continue;
     const int64_t rows = (sequence.row_end - sequence.row_begin) * group;
     all += args.n_kv * cost(rows, sequence.n_keys, args.head_dim);
+    chunks = std::max(chunks, Chunks(sequence.n_keys).count);
   }
   const int64_t limit = threads == 1 ? std::numeric_limits<int64_t>::max() : std::max(kLeast, all / (threads * kSlack));
 
   tiles.clear();
   tasks.clear();
-  chunks_alone_ = shared_floats_ = 0;
+  shared_floats_ = 0;
   for (int64_t s = 0; s < args.n_sequences; ++s)
     if (!args.sequences[s].mean) add(args, args.sequences[s], limit);
   if (tasks.empty()) return;
-  grain = std::max<int64_t>(1, kLeast * int64_t(tasks.size()) / std::max<int64_t>(1, all));
-  scratches.reserve(args.sequences[0].slab.hd_pad(), chunks_alone_, 0);
-  partials.reserve(checked_bytes("attention", size_t(shared_floats_), sizeof(float)), "attention's partial sums");
-  if (left.size() < tiles.size()) left = std::vector<std::atomic<int64_t>>(tiles.size());
+  grain = std::max<int64_t>(1, kLeast * int64_t(tasks.size()) / all);
+  reserve(threads, chunks, args.sequences[0].slab.hd_pad());
   for (size_t t = 0; t < tiles.size(); ++t) left[t].store(tiles[t].tasks, std::memory_order_relaxed);
 }
 
@@ -232,7 +231,6 @@ void Plan::add(const AttentionArgs& args, const AttentionSequence& sequence, int
   const int64_t chunks_within = std::clamp<int64_t>(limit / cost(most, chunks.size, hd), 1, chunks.count);
   const int64_t parts = divide_up(chunks.count, chunks_within);
   most = rows_within(std::min(chunks_within * chunks.size, sequence.n_keys), kShorter, most);
-  if (parts == 1) chunks_alone_ = std::max(chunks_alone_, chunks.count);
 
   for (int h = 0; h < args.n_kv; ++h)
     for_tiles(0, all_rows, most, [&](int64_t begin, int64_t end) {
@@ -241,6 +239,20 @@ void Plan::add(const AttentionArgs& args, const AttentionSequence& sequence, int
       tiles.push_back({&sequence, h, begin, end, parts, shared_floats_});
       if (parts > 1) shared_floats_ += Partials::floats(chunks.count, end - begin, hd_pad);
     });
+}
+
+// Takes what any step of these sequences may need, so that a later one with other rows takes no more. Tiles with several
+// tasks are at most 2 * kSlack per thread, of kShort rows or twice as many of kShorter: each is worth half of `limit`.
+void Plan::reserve(int64_t threads, int64_t chunks, int64_t hd_pad) {
+  const int64_t most = 2 * 2 * kSlack * threads;
+  const bool split = threads > 1 && chunks > 1;
+  const int64_t floats = split ? std::max(shared_floats_, most * Partials::floats(chunks, kShorter, hd_pad)) : 0;
+  scratches.reserve(hd_pad, chunks, 0);
+  partials.reserve(checked_bytes("attention", size_t(floats), sizeof(float)), "attention's partial sums");
+  tiles.reserve(size_t(most));
+  tasks.reserve(size_t(most * chunks));
+  if (const size_t n = std::max(tiles.size(), size_t(most)); left.size() < n)
+    left = std::vector<std::atomic<int64_t>>(n);
 }
 
 // Sequences without a mean. The task that is the last of its tile to be done finishes it.
