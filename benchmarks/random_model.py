@@ -14,6 +14,8 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 SHAPES = {
+    # next to no arithmetic: what is left is the cost of the steps themselves
+    "one-layer": {"d_model": 32, "n_layers": 1, "n_heads": 2, "mlp_hidden_size": 48, "vocab_size": 64},
     # 1.0 billion parameters
     "llada-1b": {"d_model": 2048, "n_layers": 16, "n_heads": 16, "mlp_hidden_size": 6144, "vocab_size": 32000},
     # LLaDA-8B: 8.0 billion

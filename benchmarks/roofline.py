@@ -1,6 +1,7 @@
 """What this machine can do, and the least time that a step can take on it.
 
     python benchmarks/roofline.py            # multiply-adds by precision, and reading
+    python benchmarks/roofline.py --model llada-1b --folder weights     # and the engine's steps against them, by turns
 
 Peaks are measured, not looked up: the best of many large oneDNN GEMMs per precision (what PyTorch itself would run),
 and the best read of a block that no cache holds, with all threads. The floor of a step is the larger of
@@ -10,11 +11,17 @@ and the best read of a block that no cache holds, with all threads. The floor of
 
 and the fraction of the roof that a program reached is floor ÷ time. The roof of int8 is that of int8 × int8
 multiply-adds; weights of 4 bits have no faster one, so int4 shares it.
+
+With --model, peaks are measured anew in every turn, since other tenants of a machine take bandwidth and clock away: a
+step is held against what its own turn had. Its bytes are then all that the engine reads, scales included.
 """
 
 import argparse
+import statistics
+import tempfile
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -36,7 +43,7 @@ PRECISIONS = {
 }
 
 
-def best_seconds(run, seconds: float = SECONDS) -> float:
+def best_seconds(run, seconds: float) -> float:
     run()
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:
@@ -46,8 +53,11 @@ def best_seconds(run, seconds: float = SECONDS) -> float:
     return best
 
 
-def measure_peaks(threads: int) -> dict[str, float]:
-    """Operations per second (2 per multiply-add) of each precision, and bytes read per second as "read"."""
+def measure_peaks(threads: int, seconds: float = SECONDS) -> dict[str, float]:
+    """Operations per second (2 per multiply-add) of each precision, and bytes read per second as "read".
+
+    `seconds`: what measuring each of them may take.
+    """
     torch.set_num_threads(threads)
     rows, k, n = 512, 4096, 4096
     ops = torch.ops
@@ -56,15 +66,15 @@ def measure_peaks(threads: int) -> dict[str, float]:
         for name in ("float32", "bfloat16"):
             x = torch.randn(rows, k).to(getattr(torch, name))
             w = ops.mkldnn._reorder_linear_weight(torch.randn(n, k).to(x.dtype), rows)
-            seconds = best_seconds(lambda x=x, w=w: ops.mkldnn._linear_pointwise(x, w, None, "none", [], ""))
-            peaks[name] = 2 * rows * k * n / seconds
+            best = best_seconds(lambda x=x, w=w: ops.mkldnn._linear_pointwise(x, w, None, "none", [], ""), seconds)
+            peaks[name] = 2 * rows * k * n / best
         x = torch.randint(0, 255, (rows, k), dtype=torch.uint8)
         w = ops.onednn.qlinear_prepack(torch.randint(-127, 127, (n, k), dtype=torch.int8), [rows, k])
         scales, zeros = torch.full((n,), 0.01), torch.zeros(n, dtype=torch.int64)
         arguments = (x, 0.01, 0, w, scales, zeros, None, 1.0, 0, torch.float32, "none", [], "")
-        peaks["int8"] = 2 * rows * k * n / best_seconds(lambda: ops.onednn.qlinear_pointwise(*arguments))
+        peaks["int8"] = 2 * rows * k * n / best_seconds(lambda: ops.onednn.qlinear_pointwise(*arguments), seconds)
         block = torch.zeros(2**27)
-        peaks["read"] = block.nbytes / min(best_seconds(block.sum), best_seconds(block.amax))
+        peaks["read"] = block.nbytes / min(best_seconds(block.sum, seconds), best_seconds(block.amax, seconds))
     return peaks
 
 
@@ -156,11 +166,50 @@ def describe(peaks: dict[str, float]) -> str:
     return f"oneDNN GEMM {gemms} × 10⁹ operations/s; reading {peaks['read'] * 1e-9:.1f} GB/s"
 
 
+def steps_by_turns(folder, args):
+    """A table of the engine's steps: medians over the turns of times, rates and fractions of the turn's own peaks."""
+    from peers.checkpoint import load_config
+    from peers.engine import LOAD
+
+    from dllm_ext import _C, Engine
+
+    shape = Shape.from_config(load_config(folder))
+    print("| precision | rows | ms | GB/s read | of the turn's peak | 10⁹ operations/s | of the turn's peak |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for precision in args.precisions:
+        engine = Engine.from_pretrained(folder, **LOAD[precision])
+        read = engine.weight_bytes + shape.kv_bytes_read(args.keys, precision)
+        turns = {rows: [] for rows in args.rows}
+        for _ in range(args.repeats):
+            peaks = measure_peaks(args.threads, seconds=0.4)
+            for rows in args.rows:
+                seconds = statistics.median(_C.ops.time_steps(engine._native, rows, args.keys, args.calls))
+                rates = read / seconds, forward_work(shape, rows, args.keys, precision).operations / seconds
+                of_peaks = rates[0] / peaks["read"], rates[1] / peaks[PRECISIONS[precision].peak]
+                turns[rows].append((1e3 * seconds, rates[0] * 1e-9, of_peaks[0], rates[1] * 1e-9, of_peaks[1]))
+        for rows, values in turns.items():
+            ms, gb, of_read, ops, of_ops = map(statistics.median, zip(*values, strict=True))
+            print(
+                f"| {precision} | {rows} | {ms:.1f} | {gb:.1f} | {of_read:.0%} | {ops:.0f} | {of_ops:.0%} |", flush=True
+            )
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: torch's")
+    p.add_argument("--model", help="a shape of random_model.py: also time the engine's steps")
+    p.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where random weights are kept")
+    p.add_argument("--precisions", nargs="+", choices=list(PRECISIONS), default=["bfloat16", "int8", "int4"])
+    p.add_argument("--rows", nargs="+", type=int, default=[1, 8, 32, 320])
+    p.add_argument("--keys", type=int, default=320)
+    p.add_argument("--repeats", type=int, default=5)
+    p.add_argument("--calls", type=int, default=5, help="steps per turn; the turn's time is their median")
     args = p.parse_args()
     print(describe(measure_peaks(args.threads)))
+    if args.model:
+        from random_model import write_llada
+
+        steps_by_turns(write_llada(args.folder, args.model), args)
 
 
 if __name__ == "__main__":

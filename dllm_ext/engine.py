@@ -257,7 +257,8 @@ class Engine:
 
     def _result(self, r, tokenizer):
         native_stats = r.stats
-        tokens = next((i for i, t in enumerate(r.token_ids) if t in self.spec.stop_ids), len(r.token_ids))
+        ids, stop_ids = r.token_ids, self.spec.stop_ids  # each access makes a new list
+        tokens = next((i for i, t in enumerate(ids) if t in stop_ids), len(ids))
         stats = Stats(
             tokens=tokens,
             nfe=r.nfe,
@@ -266,8 +267,8 @@ class Engine:
             **native_stats,
         )
         return Result(
-            text=tokenizer.decode(r.token_ids) if tokenizer else None,
-            token_ids=r.token_ids,
+            text=tokenizer.decode(ids) if tokenizer else None,
+            token_ids=ids,
             prompt_ids=r.prompt_ids,
             nfe=r.nfe,
             stats=stats,

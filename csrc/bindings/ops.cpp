@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <memory>
 #include <optional>
 
@@ -20,6 +21,7 @@
 #include "runtime/error.h"
 #include "runtime/isa.h"
 #include "runtime/parallel.h"
+#include "runtime/stopwatch.h"
 
 namespace py = pybind11;
 using namespace dllm;
@@ -400,6 +402,17 @@ py::array run_philox(uint64_t seed, uint32_t step, uint32_t position, const py::
   return out;
 }
 
+// What it costs to hand work to the other threads and to wait for them: seconds of parallel regions with nothing in them.
+std::vector<double> fork_join_seconds(int64_t repeats) {
+  const py::gil_scoped_release release;
+  std::vector<double> seconds(size_t(std::max<int64_t>(0, repeats)), 0.0);
+  for (double& s : seconds) {
+    const Stopwatch watch(s);
+    parallel_for(num_threads(), 1, [](int64_t, int64_t) {});
+  }
+  return seconds;
+}
+
 }  // namespace
 
 void bind_ops(py::module_& m) {
@@ -448,6 +461,7 @@ void bind_ops(py::module_& m) {
       "activation_stride",
       [](int64_t cols, const std::string& dtype) { return activation_stride(cols, parse_dtype(dtype)); },
       py::arg("cols"), py::arg("dtype"));
+  m.def("fork_join_seconds", &fork_join_seconds, py::arg("repeats"));
   m.def("set_isa", &set_isa, py::arg("name"));
   m.def("current_isa", [] { return name_of(current_isa()); });
   m.def("available_isas", [] {
