@@ -132,16 +132,6 @@ class Engine:
         The GIL is released.
         """
 
-class ops:
-    """Kernels and steps by themselves, for tests and measurements."""
-
-    @staticmethod
-    def time_steps(engine: Engine, rows: int, keys: int, repeats: int) -> list[float]:
-        """Seconds of each of `repeats` steps that compute the last `rows` of `keys` positions and their statistics.
-
-        An untimed step caches all positions first. The GIL is released.
-        """
-
 def quantize(weight: np.ndarray, format: str, name: str = "weight") -> tuple[np.ndarray, np.ndarray]:
     """(values, scales) of a matrix [n, k], float32 or bfloat16 as uint16, whose rows are contiguous.
 
