@@ -1,5 +1,5 @@
-// dllm_ext._C.ops.time_steps(engine, rows, keys, repeats): seconds of single steps, without the decoding loop around them. For
-// benchmarks. An untimed step caches all positions first.
+// dllm_ext._C.ops.time_steps(engine, rows, keys, repeats): seconds of single steps, without the decoding loop around
+// them. For benchmarks. An untimed step caches all positions first.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

@@ -31,8 +31,7 @@ struct ModelSpec {
   float norm_eps = 0, rope_theta = 0;
   bool rope_full_precision = true;  // false: cos and sin are rounded to the model's dtype first
   bool qkv_bias = false, tied_head = false;
-  Quantization stored =
-      Quantization::None;  // as the checkpoint has its linear layers (config.json: quantization_config)
+  Quantization stored = Quantization::None;  // of the checkpoint's linear layers (config.json: quantization_config)
   int logit_shift = 0;  // 1: token i is read from the hidden state of position i - 1
   int32_t mask_id = -1, eos_id = -1;
   std::vector<int32_t> stop_ids;  // EOS first, then end-of-turn ids
