@@ -110,10 +110,12 @@ class Engine:
         dtype: str,
         quantization: str | None = None,
         progress: Callable[[int, int], None] | None = None,
+        device: str = "cpu",
     ) -> None:
-        """folder: config.json and safetensors. dtype: "float32" or "bfloat16". quantization: "int8" or "int4", or None:
-        as the checkpoint is. progress: gets bytes done and in all."""
+        """folder: config.json and safetensors. dtype: "float32", "bfloat16", or on CUDA "float16". quantization: "int8"
+        or "int4", or None: as the checkpoint is. progress: gets bytes done and in all. device: "cpu" or "cuda"."""
     spec: ModelSpec
+    device: str
     dtype: str
     quantization: str | None
     weight_bytes: int

@@ -44,7 +44,7 @@ void bind_decode(py::module_& m) {
         return std::vector<double>(d.begin(), d.end());
       },
       py::arg("known"), py::arg("sigma"), "Certainty density of every position (d2Cache).");
-  py::class_<Bitmap>(m, "Bitmap")
+  py::class_<Bitmap>(m, "Bitmap", py::module_local())
       .def(py::init<int64_t>(), py::arg("size"))
       .def("set", &Bitmap::set)
       .def("reset", &Bitmap::reset)

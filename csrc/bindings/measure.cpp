@@ -33,21 +33,21 @@ StepInput step_of(const ModelSpec& spec, const KvCache& kv, int64_t begin, int64
   return in;
 }
 
-std::vector<double> time_steps(const Engine& engine, int64_t rows, int64_t keys, int64_t repeats) {
+std::vector<double> time_steps(Engine& engine, int64_t rows, int64_t keys, int64_t repeats) {
   const ModelSpec& spec = engine.spec();
   require_within("keys", keys, 1, spec.max_positions);
   require_within("rows", rows, 1, keys);
   require_within("repeats", repeats, 1, int64_t(1) << 20);
   const py::gil_scoped_release release;
 
-  Transformer transformer(spec, engine.weights());
-  const KvCache kv(spec, engine.weights().dtype, keys);
+  Model& model = engine.model();
+  const KvCache kv(spec, model.info().dtype, keys, model.device());
   std::vector<ops::RowStats> stats(static_cast<size_t>(keys));
   ops::RowStatsParams params;
   params.mask_id = spec.mask_id;
   const auto run = [&](const StepInput& in) {
-    transformer.forward(in);
-    transformer.row_stats(params, nullptr, stats.data());
+    model.forward(in);
+    model.row_stats(params, nullptr, stats.data());
   };
   run(step_of(spec, kv, 0, keys));  // fills the slabs, and is the warm-up
 

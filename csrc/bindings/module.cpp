@@ -19,6 +19,9 @@ void bind_ops(py::module_& m);  // ops.cpp
 void bind_quantize(py::module_& m);  // quantize.cpp
 void bind_decode(py::module_& m);  // decode.cpp
 void bind_measure(py::module_& m);  // measure.cpp
+#ifdef DLLM_EMULATED
+void bind_emulator(py::module_& m);  // cuda_emulator/bindings/emulator.cpp
+#endif
 
 namespace {
 
@@ -57,7 +60,9 @@ void translate(std::exception_ptr p) {
 DType dtype_from_name(const std::string& name) {
   if (name == "float32") return DType::F32;
   if (name == "bfloat16") return DType::BF16;
-  fail<ConfigError>("dtype = \"", name, "\" is not supported (there are: \"float32\", \"bfloat16\")");
+  if (name == "float16") return DType::F16;
+  fail<ConfigError>("dtype = \"", name,
+                    "\" is not supported (there are: \"float32\", \"bfloat16\", and on CUDA \"float16\")");
 }
 
 Quantization quantization_from_name(const std::optional<std::string>& name) {
@@ -68,7 +73,8 @@ Quantization quantization_from_name(const std::optional<std::string>& name) {
 }
 
 std::unique_ptr<Engine> load_engine(const std::string& folder, const std::string& dtype,
-                                    const std::optional<std::string>& quantization, const py::object& progress) {
+                                    const std::optional<std::string>& quantization, const py::object& progress,
+                                    const std::string& device) {
   LoadProgress report;
   if (!progress.is_none())
     report = [&](size_t done, size_t total) {
@@ -78,7 +84,7 @@ std::unique_ptr<Engine> load_engine(const std::string& folder, const std::string
   const DType t = dtype_from_name(dtype);
   const Quantization q = quantization_from_name(quantization);
   const py::gil_scoped_release release;
-  return std::make_unique<Engine>(folder, t, q, report);
+  return std::make_unique<Engine>(folder, t, q, report, device);
 }
 
 std::vector<Result> generate(Engine& engine, const std::vector<std::vector<int32_t>>& prompts, bool infill,
@@ -139,7 +145,7 @@ py::dict info() {
 }
 
 void bind_spec(py::module_& m) {
-  py::class_<ModelSpec>(m, "ModelSpec")
+  py::class_<ModelSpec>(m, "ModelSpec", py::module_local())
       .def_static(
           "from_config", [](const std::string& text) { return ModelSpec::from_config(text, "config.json"); },
           py::arg("json_text"))
@@ -169,7 +175,7 @@ void bind_spec(py::module_& m) {
 }
 
 void bind_engine(py::module_& m) {
-  py::class_<StepEvent>(m, "StepEvent")
+  py::class_<StepEvent>(m, "StepEvent", py::module_local())
       .def_readonly("sequence", &StepEvent::sequence)
       .def_readonly("step", &StepEvent::step)
       .def_readonly("block", &StepEvent::block)
@@ -177,28 +183,29 @@ void bind_engine(py::module_& m) {
       .def_readonly("token_ids", &StepEvent::token_ids)
       .def_readonly("rows", &StepEvent::rows)
       .def_readonly("is_full", &StepEvent::is_full);
-  py::class_<Result>(m, "Result")
+  py::class_<Result>(m, "Result", py::module_local())
       .def_readonly("token_ids", &Result::token_ids)
       .def_readonly("prompt_ids", &Result::prompt_ids)
       .def_readonly("commit_steps", &Result::commit_steps)
       .def_readonly("nfe", &Result::nfe)
       .def_property_readonly("stats", stats_dict);
-  py::class_<Engine>(m, "Engine")
+  py::class_<Engine>(m, "Engine", py::module_local())
       .def(py::init(&load_engine), py::arg("folder"), py::arg("dtype"), py::arg("quantization") = py::none(),
-           py::arg("progress") = py::none())
+           py::arg("progress") = py::none(), py::arg("device") = "cpu")
+      .def_property_readonly("device", [](Engine& e) { return e.model().device().name(); })
       .def_property_readonly("quantization",
-                             [](const Engine& e) -> std::optional<std::string> {
-                               const Quantization q = e.weights().quantization;
+                             [](Engine& e) -> std::optional<std::string> {
+                               const Quantization q = e.model().info().quantization;
                                if (q == Quantization::None) return std::nullopt;
                                return name_of(q);
                              })
       .def_property_readonly("spec", &Engine::spec, py::return_value_policy::reference_internal)
-      .def_property_readonly("dtype", [](const Engine& e) { return name_of(e.weights().dtype); })
-      .def_property_readonly("weight_bytes", [](const Engine& e) { return e.weights().resident_bytes(); })
+      .def_property_readonly("dtype", [](Engine& e) { return name_of(e.model().info().dtype); })
+      .def_property_readonly("weight_bytes", [](Engine& e) { return e.model().info().resident_bytes; })
       .def_property_readonly("unused_tensors",
-                             [](const Engine& e) {
+                             [](Engine& e) {
                                py::list names;
-                               for (const std::string& n : e.weights().unused_tensors) names.append(lenient_text(n));
+                               for (const std::string& n : e.model().info().unused_tensors) names.append(lenient_text(n));
                                return names;
                              })
       .def("generate", &generate, py::arg("prompts"), py::arg("infill"), py::arg("config"), py::arg("batch_size"),
@@ -207,7 +214,12 @@ void bind_engine(py::module_& m) {
 
 }  // namespace
 
-PYBIND11_MODULE(_C, m) {
+// The same module is built once more over the emulated device (_C_emulated).
+#ifndef DLLM_MODULE
+#define DLLM_MODULE _C
+#endif
+
+PYBIND11_MODULE(DLLM_MODULE, m) {
   py::register_exception_translator(&translate);
   bind_spec(m);
   bind_engine(m);
@@ -228,4 +240,8 @@ PYBIND11_MODULE(_C, m) {
   bind_measure(ops);
   py::module_ decode = m.def_submodule("decode", "Schedules, transfer rules and bitmaps, for tests.");
   bind_decode(decode);
+#ifdef DLLM_EMULATED
+  py::module_ emulator = m.def_submodule("emulator", "Settings and counters of the emulated device.");
+  bind_emulator(emulator);
+#endif
 }

@@ -416,7 +416,7 @@ std::vector<double> fork_join_seconds(int64_t repeats) {
 }  // namespace
 
 void bind_ops(py::module_& m) {
-  py::class_<PackedLinear>(m, "PackedLinear")
+  py::class_<PackedLinear>(m, "PackedLinear", py::module_local())
       .def(py::init(&pack), py::arg("weights"), py::arg("format"), py::arg("bias") = py::none())
       .def_static(
           "gate_up",
@@ -428,7 +428,7 @@ void bind_ops(py::module_& m) {
       .def_readonly("k", &PackedLinear::k)
       .def_property_readonly("format", [](const PackedLinear& w) { return name_of(w.format); })
       .def_property_readonly("bytes", &PackedLinear::bytes);
-  py::class_<Slab>(m, "KvSlab")
+  py::class_<Slab>(m, "KvSlab", py::module_local())
       .def(py::init<int, int, int64_t, const std::string&>(), py::arg("n_kv"), py::arg("head_dim"),
            py::arg("positions"), py::arg("dtype"))
       .def("read", &Slab::read, py::arg("positions"))

@@ -62,7 +62,7 @@ py::tuple quantize(const py::array& w, const std::string& format_name, const std
 }  // namespace
 
 void bind_quantize(py::module_& m) {
-  py::class_<Checkpoint>(m, "Checkpoint")
+  py::class_<Checkpoint>(m, "Checkpoint", py::module_local())
       .def(py::init<const std::string&>(), py::arg("folder"))
       .def_property_readonly("config_text", [](const Checkpoint& c) { return py::bytes(c.config_text()); })
       .def("tensor", &read_tensor, py::arg("name"), py::arg("shape"))

@@ -7,19 +7,19 @@
 
 #include "model/spec.h"
 #include "model/step_input.h"
-#include "runtime/buffer.h"
+#include "runtime/device.h"
 
 namespace dllm {
 
 class FeatureCache {
  public:
   FeatureCache() = default;
-  FeatureCache(const ModelSpec& spec, DType dtype, int64_t positions);
+  FeatureCache(const ModelSpec& spec, DType dtype, int64_t positions, Device& device = cpu_device());
 
   std::span<const LayerFeatures> slabs() const { return slabs_; }
 
  private:
-  Buffer memory_;
+  DeviceBuffer memory_;
   std::vector<LayerFeatures> slabs_;
 };
 

@@ -6,20 +6,20 @@
 
 #include "model/spec.h"
 #include "ops/kv_layout.h"
-#include "runtime/buffer.h"
+#include "runtime/device.h"
 
 namespace dllm {
 
 class KvCache {
  public:
   KvCache() = default;
-  KvCache(const ModelSpec& spec, DType dtype, int64_t positions);
+  KvCache(const ModelSpec& spec, DType dtype, int64_t positions, Device& device = cpu_device());
 
   std::span<const ops::KvSlab> slabs() const { return slabs_; }
   size_t bytes() const { return memory_.bytes(); }
 
  private:
-  Buffer memory_;
+  DeviceBuffer memory_;
   std::vector<ops::KvSlab> slabs_;
 };
 

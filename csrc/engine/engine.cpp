@@ -25,14 +25,19 @@ class RunningMark {
 
 }  // namespace
 
-Engine::Engine(const std::string& folder, DType dtype, Quantization quantization, const LoadProgress& progress)
-    : Engine(std::make_unique<Checkpoint>(folder), dtype, quantization, progress) {}
+Engine::Engine(const std::string& folder, DType dtype, Quantization quantization, const LoadProgress& progress,
+               const std::string& device)
+    : Engine(std::make_unique<Checkpoint>(folder), dtype, quantization, progress, device) {}
 
 Engine::Engine(std::unique_ptr<Checkpoint> checkpoint, DType dtype, Quantization quantization,
-               const LoadProgress& progress)
-    : spec_(ModelSpec::from_config(checkpoint->config_text(), checkpoint->config_path())),
-      weights_(load_weights(spec_, std::move(checkpoint), dtype, quantization, progress)),
-      transformer_(spec_, weights_) {}
+               const LoadProgress& progress, const std::string& device)
+    : spec_(ModelSpec::from_config(checkpoint->config_text(), checkpoint->config_path())) {
+  if (device != "cpu" && device != "cuda") fail<ConfigError>("device = \"", device, "\" must be \"cpu\" or \"cuda\"");
+  if (device == "cpu" && dtype == DType::F16)
+    fail<ConfigError>("dtype = \"float16\" is not supported on the CPU (there are: \"float32\", \"bfloat16\")");
+  const auto load = device == "cpu" ? load_cpu_model : load_cuda_model;
+  model_ = load(spec_, std::move(checkpoint), dtype, quantization, progress);
+}
 
 void Engine::check_prompt(size_t index, const std::vector<int32_t>& prompt, const GenerationConfig& config,
                           bool infill) const {
@@ -98,7 +103,7 @@ std::vector<Result> Engine::generate(const std::vector<std::vector<int32_t>>& pr
     if ((!fixed_groups || running.empty()) && next < prompts.size()) {
       for (; next < prompts.size() && int64_t(running.size()) < options.batch_size; ++next)
         running.push_back(
-            std::make_unique<Sequence>(int64_t(next), prompts[next], options.infill, config, spec_, weights_.dtype));
+            std::make_unique<Sequence>(int64_t(next), prompts[next], options.infill, config, spec_, *model_));
       StepSize most;
       for (const auto& s : running) most.add(s->largest_step());
       reserve(most, config);
@@ -121,7 +126,7 @@ std::vector<Result> Engine::generate(const std::vector<std::vector<int32_t>>& pr
 
 // Memory for every step until another sequence begins: the steps themselves take none.
 void Engine::reserve(const StepSize& most, const GenerationConfig& config) {
-  transformer_.reserve(most);
+  model_->reserve(most);
   input_.reserve(most);
   active_.reserve(size_t(most.sequences));
   policies_.reserve(size_t(most.sequences));
@@ -156,13 +161,13 @@ void Engine::step(const GenerationConfig& config, const GenerateOptions& options
     StepStats counters;
     counters.seconds = seconds;
     counters.buffer_bytes = new_bytes;
-    counters.weight_bytes = transformer_.weight_bytes();
+    counters.weight_bytes = model_->weight_bytes();
     counters.logit_rows = int64_t(s->reads().size()) * s->evaluated_streams();
     const std::span<const float> importance =
-        input_.sequences[stream].importance ? transformer_.importance(stream) : std::span<const float>();
+        input_.sequences[stream].importance ? model_->importance(stream) : std::span<const float>();
     for (int64_t i = 0; i < s->evaluated_streams(); ++i, ++stream) {
       const auto& q = input_.sequences[stream];
-      const StepWork& work = transformer_.work(stream);
+      const StepWork& work = model_->work(stream);
       counters.rows += q.row_end - q.row_begin;
       counters.layer_rows += work.layer_rows;
       counters.verify_rows += work.verify_rows;
@@ -183,11 +188,11 @@ void Engine::evaluate(const GenerationConfig& config) {
   for (const Sequence* s : active_)
     for (int32_t p : s->reads()) keys_.push_back(s->key(p));
   stats_.resize(keys_.size());
-  transformer_.forward(input_);
+  model_->forward(input_);
   if (config.needs_logits())
     combine_logits(config);
   else
-    transformer_.row_stats(stats_params(config, spec_), keys_.data(), stats_.data());
+    model_->row_stats(stats_params(config, spec_), keys_.data(), stats_.data());
   require_finite();
   if (config.reference_quirks) fill_blanks(config);
 }
@@ -197,7 +202,7 @@ void Engine::combine_logits(const GenerationConfig& config) {
   const ops::RowStatsParams params = stats_params(config, spec_), filtered = filtered_params(config, spec_);
   const int64_t vocab = spec_.vocab_size;
   int64_t ld = 0;
-  float* logits = transformer_.logits(ld);
+  float* logits = model_->logits(ld);
   ops::RowStats* out = stats_.data();
   const NoiseKey* keys = keys_.data();
   for (Sequence* s : active_) {
@@ -243,11 +248,11 @@ void Engine::require_finite() {
   bool ok = std::all_of(stats_.begin(), stats_.end(), [](const ops::RowStats& s) { return s.finite; });
   for (size_t i = 0; i < input_.sequences.size(); ++i)
     if (input_.sequences[i].importance)
-      for (float c : transformer_.importance(i)) ok = ok && std::isfinite(c);
+      for (float c : model_->importance(i)) ok = ok && std::isfinite(c);
   if (ok) return;
   const std::string where = "at step " + std::to_string(active_[0]->step()) + ": ";
   try {
-    transformer_.forward(input_, /*check_finite=*/true);
+    model_->forward(input_, /*check_finite=*/true);
   } catch (const NumericalError& e) {
     fail<NumericalError>("the logits are not finite ", where, e.what());
   }

@@ -1,6 +1,6 @@
 // The engine: a model and the denoising loop. This is the whole C++ API; Python's dllm_ext.Engine adds tokenizers.
 //
-//   dllm::Engine engine("path/to/model", dllm::DType::BF16);
+//   dllm::Engine engine("path/to/model", dllm::DType::BF16);   // on a GPU: , Quantization::None, {}, "cuda"
 //   dllm::GenerationConfig config;                       // prefix cache, block 32, threshold 0.9
 //   auto results = engine.generate({prompt_ids}, config);
 //   results[0].token_ids;
@@ -15,8 +15,7 @@
 #include "decode/config.h"
 #include "engine/events.h"
 #include "engine/sequence.h"
-#include "model/transformer.h"
-#include "model/weights.h"
+#include "model/model.h"
 
 namespace dllm {
 
@@ -30,13 +29,14 @@ struct GenerateOptions {
 class Engine {
  public:
   // Loads a checkpoint folder (config.json and safetensors).
+  // device: "cpu" or "cuda".
   Engine(const std::string& folder, DType dtype, Quantization quantization = Quantization::None,
-         const LoadProgress& progress = {});
+         const LoadProgress& progress = {}, const std::string& device = "cpu");
   Engine(const Engine&) = delete;
   Engine& operator=(const Engine&) = delete;
 
   const ModelSpec& spec() const { return spec_; }
-  const Weights& weights() const { return weights_; }
+  Model& model() { return *model_; }
 
   // One result per prompt, in order. Prompts are token ids; lengths may differ. Calls from several threads take turns;
   // a call from within on_step is a UsageError. After any exception the engine can be used again.
@@ -44,7 +44,8 @@ class Engine {
                                const GenerateOptions& options = {});
 
  private:
-  Engine(std::unique_ptr<Checkpoint> checkpoint, DType dtype, Quantization quantization, const LoadProgress& progress);
+  Engine(std::unique_ptr<Checkpoint> checkpoint, DType dtype, Quantization quantization, const LoadProgress& progress,
+         const std::string& device);
   void check_prompt(size_t index, const std::vector<int32_t>& prompt, const GenerationConfig& config,
                     bool infill) const;
   void reserve(const StepSize& most, const GenerationConfig& config);
@@ -55,8 +56,7 @@ class Engine {
   void require_finite();
 
   ModelSpec spec_;
-  Weights weights_;
-  Transformer transformer_;
+  std::unique_ptr<Model> model_;
 
   std::mutex mutex_;
   std::atomic<std::thread::id> running_;

@@ -14,7 +14,7 @@ double seconds_since(std::chrono::steady_clock::time_point t) {
 }  // namespace
 
 Sequence::Sequence(int64_t index, const std::vector<int32_t>& prompt, bool infill, const GenerationConfig& config,
-                   const ModelSpec& spec, DType dtype)
+                   const ModelSpec& spec, const Model& model)
     : index_(index), config_(config), spec_(spec), policy_(make_cache_policy(config, spec)),
       started_(std::chrono::steady_clock::now()) {
   const int64_t length = int64_t(prompt.size()) + config.gen_length;
@@ -27,10 +27,11 @@ Sequence::Sequence(int64_t index, const std::vector<int32_t>& prompt, bool infil
   canvas_.masked = canvas_.editable;
   commit_step_.assign(size_t(length), -1);
   first_stop_ = int32_t(length);
+  const DType dtype = model.info().dtype;
   for (int i = 0; i < (config.cfg_scale > 0 ? 2 : 1); ++i) {
     Stream& s = streams_.emplace_back();
-    s.kv = KvCache(spec, dtype, length);
-    if (config.cache == CacheKind::DLLM) s.features = FeatureCache(spec, dtype, length);
+    s.kv = KvCache(spec, dtype, length, model.device());
+    if (config.cache == CacheKind::DLLM) s.features = FeatureCache(spec, dtype, length, model.device());
   }
   if (config.dllm.cfg_interval_steps > 1) guidance_.resize(size_t(length));
   if (config.kl_threshold) history_.emplace(length, config.kl_history_length, config.reference_quirks);

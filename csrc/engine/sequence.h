@@ -14,7 +14,7 @@
 #include "decode/transfer.h"
 #include "engine/canvas.h"
 #include "engine/events.h"
-#include "model/transformer.h"
+#include "model/model.h"
 
 namespace dllm {
 
@@ -23,7 +23,7 @@ class Sequence {
   // infill: prompt positions that hold the mask id are editable.
   // All memory that its steps need is taken here or by the first of them.
   Sequence(int64_t index, const std::vector<int32_t>& prompt, bool infill, const GenerationConfig& config,
-           const ModelSpec& spec, DType dtype);
+           const ModelSpec& spec, const Model& model);
   StepSize largest_step() const;
 
   // Moves on to the next block with something to decide; false when the sequence is finished.

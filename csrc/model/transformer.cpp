@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "model/rope.h"
 #include "ops/elementwise.h"
 #include "runtime/error.h"
 
@@ -27,27 +28,13 @@ Transformer::Rows Transformer::scratch(Buffer& b, int64_t rows, int64_t cols, DT
   return {b.as(), ld};
 }
 
-// inv_freq, angle, cos and sin in fp32 as the published models compute them.
 void Transformer::ensure_rope(int64_t positions) {
   if (positions <= rope_positions_) return;
   const int half = spec_.head_dim / 2;
   const int64_t n = std::min(std::max(positions, 2 * rope_positions_), std::max(positions, spec_.max_positions));
   cos_.resize(size_t(n * half));
   sin_.resize(size_t(n * half));
-  const bool round = !spec_.rope_full_precision && weights_.dtype == DType::BF16;
-  for (int i = 0; i < half; ++i) {
-    const float inv_freq = 1.0f / std::pow(spec_.rope_theta, float(2 * i) / float(spec_.head_dim));
-    for (int64_t p = rope_positions_; p < n; ++p) {
-      const float angle = float(p) * inv_freq;
-      float c = std::cos(angle), s = std::sin(angle);
-      if (round) {
-        c = bf16_to_float(float_to_bf16(c));
-        s = bf16_to_float(float_to_bf16(s));
-      }
-      cos_[size_t(p * half + i)] = c;
-      sin_[size_t(p * half + i)] = s;
-    }
-  }
+  rope_tables(spec_, weights_.dtype, rope_positions_, n, cos_.data(), sin_.data());
   rope_positions_ = n;
 }
 

@@ -12,45 +12,31 @@
 #include <span>
 #include <vector>
 
-#include "model/step_input.h"
+#include "model/model.h"
 #include "model/weights.h"
 #include "ops/attention.h"
-#include "ops/row_stats.h"
 
 namespace dllm {
 
-// What a forward did for one sequence.
-struct StepWork {
-  int64_t layer_rows = 0;  // rows whose q, k, v were computed, summed over layers
-  int64_t verify_rows = 0;  // rows of which only v was, summed over layers
-  // Query rows x keys, summed over layers. In the last one only rows that go on are queries, but rollout wants all.
-  int64_t attention_pairs = 0;
-  double selection_seconds = 0;  // in rollout, or in similarities and their order
-};
-
-class Transformer {
+class Transformer final : public Model {
  public:
   Transformer(const ModelSpec& spec, const Weights& weights) : spec_(spec), weights_(weights) {}
+  Transformer(const ModelSpec& spec, std::unique_ptr<const Weights> weights)
+      : spec_(spec), owned_(std::move(weights)), weights_(*owned_) {}
 
-  // Takes the memory for steps of up to this size, after which such steps take none, but for the scratch that kernels
-  // keep per thread, and for rollout where it holds more than 64 MB (kKeptCaptureBytes).
-  void reserve(const StepSize& most);
-
-  // Runs the layers. In the last one only `out_rows` (with kept features: FeatureStep::last_rows) go past the KV write,
-  // as nothing reads the others; where rollout is wanted, past attention.
-  // check_finite: a NumericalError names the first layer whose output is not finite (for diagnosis, costs a pass).
-  void forward(const StepInput& in, bool check_finite = false);
-
-  // Of the last forward's out_rows, in order.
-  void row_stats(const ops::RowStatsParams& params, const NoiseKey* keys, ops::RowStats* out);
-  // [out_rows, vocab] fp32, row stride ld. The caller may change them; valid until the next call.
-  float* logits(int64_t& ld);
-
-  // Of the last forward: attention rollout of sequence s [n_keys], where it was asked for; work of every sequence.
-  std::span<const float> importance(size_t s) const { return importance_[s]; }
-  const StepWork& work(size_t s) const { return work_[s]; }
-  // Packed weights read by the last forward and what was asked of its rows; a layer that computes no row reads none.
-  int64_t weight_bytes() const { return weight_bytes_; }
+  Device& device() const override { return cpu_device(); }
+  ModelInfo info() const override {
+    return {weights_.dtype, weights_.quantization, weights_.resident_bytes(), weights_.unused_tensors};
+  }
+  void reserve(const StepSize& most) override;
+  // In the last layer only `out_rows` (with kept features: FeatureStep::last_rows) go past the KV write, as nothing reads
+  // the others; where rollout is wanted, past attention.
+  void forward(const StepInput& in, bool check_finite = false) override;
+  void row_stats(const ops::RowStatsParams& params, const NoiseKey* keys, ops::RowStats* out) override;
+  float* logits(int64_t& ld) override;
+  std::span<const float> importance(size_t s) const override { return importance_[s]; }
+  const StepWork& work(size_t s) const override { return work_[s]; }
+  int64_t weight_bytes() const override { return weight_bytes_; }
 
  private:
   struct Rows {  // a matrix in scratch memory
@@ -77,6 +63,7 @@ class Transformer {
   void require_finite(int layer) const;
 
   const ModelSpec& spec_;
+  std::unique_ptr<const Weights> owned_;
   const Weights& weights_;
   int64_t rope_positions_ = 0;
   std::vector<float> cos_, sin_;  // [positions, head_dim / 2]

@@ -2,13 +2,11 @@
 // table left where it is mapped, since a step touches a few of its rows only.
 #pragma once
 
-#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
 
-#include "model/checkpoint.h"
-#include "model/spec.h"
+#include "model/model.h"
 #include "ops/linear.h"
 
 namespace dllm {
@@ -43,10 +41,6 @@ struct Weights {
   size_t resident_bytes() const;
 };
 
-// Called with bytes read so far and bytes in all.
-using LoadProgress = std::function<void(size_t done, size_t total)>;
-
-// quantization None: as the checkpoint has them. ConfigError where it has them in another format than asked for.
 Weights load_weights(const ModelSpec& spec, std::unique_ptr<Checkpoint> checkpoint, DType dtype,
                      Quantization quantization, const LoadProgress& progress);
 

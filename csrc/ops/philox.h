@@ -5,6 +5,8 @@
 #include <cmath>
 #include <cstdint>
 
+#include "runtime/host_device.h"
+
 namespace dllm {
 
 enum class NoiseStream : uint32_t {
@@ -19,7 +21,7 @@ struct NoiseKey {
 };
 
 // Uniform in the open interval (0, 1): 52 random bits and a half.
-inline double philox_uniform(NoiseKey key, uint32_t token_id, NoiseStream stream) {
+DLLM_HD inline double philox_uniform(NoiseKey key, uint32_t token_id, NoiseStream stream) {
   uint32_t c0 = token_id, c1 = key.position, c2 = key.step, c3 = uint32_t(stream);
   uint32_t k0 = uint32_t(key.seed), k1 = uint32_t(key.seed >> 32);
   for (int round = 0; round < 10; ++round) {
@@ -34,7 +36,7 @@ inline double philox_uniform(NoiseKey key, uint32_t token_id, NoiseStream stream
   return (double(uint64_t(c0 >> 6) << 26 | (c1 >> 6)) + 0.5) * 0x1p-52;
 }
 
-inline double gumbel(double u) { return -std::log(-std::log(u)); }
+DLLM_HD inline double gumbel(double u) { return -std::log(-std::log(u)); }
 
 // No draw of gumbel(philox_uniform(...)) exceeds this: -ln(-ln(1 - 2^-53)).
 inline constexpr double kMaxGumbel = 36.75;

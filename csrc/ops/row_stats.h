@@ -4,10 +4,16 @@
 
 #include <cstdint>
 
-#include "ops/linear.h"
 #include "ops/philox.h"
+#include "runtime/dtype.h"
+
+namespace dllm {
+class Buffer;
+}
 
 namespace dllm::ops {
+
+struct PackedLinear;
 
 // Ties go to the lowest token id. The mask id stays in the softmax but is never proposed (a committed mask token would be
 // a hole in the text). Exponentials are fp32, their sums fp64: 1 - p is resolved far below fp32's 6e-8.

@@ -16,16 +16,20 @@ BufferCount buffers_taken() {
   return {taken_bytes.load(std::memory_order_relaxed), taken_blocks.load(std::memory_order_relaxed)};
 }
 
-Buffer::Buffer(size_t bytes, const char* what) : bytes_((bytes + 63) / 64 * 64) {
-  if (bytes == 0) {
-    bytes_ = 0;
-    return;
-  }
-  if (bytes_ >= bytes) data_ = std::aligned_alloc(64, bytes_);
-  if (!data_) fail<OutOfMemoryError>("out of memory: ", what, " asked for ", bytes, " bytes");
-  std::memset(data_, 0, bytes_);
-  taken_bytes.fetch_add(int64_t(bytes_), std::memory_order_relaxed);
+void* take_memory(size_t bytes, const char* what) {
+  const size_t rounded = (bytes + 63) / 64 * 64;
+  void* data = rounded >= bytes ? std::aligned_alloc(64, rounded) : nullptr;
+  if (!data) fail<OutOfMemoryError>("out of memory: ", what, " asked for ", bytes, " bytes");
+  std::memset(data, 0, rounded);
+  taken_bytes.fetch_add(int64_t(rounded), std::memory_order_relaxed);
   taken_blocks.fetch_add(1, std::memory_order_relaxed);
+  return data;
+}
+
+Buffer::Buffer(size_t bytes, const char* what) {
+  if (bytes == 0) return;
+  data_ = take_memory(bytes, what);
+  bytes_ = (bytes + 63) / 64 * 64;
 }
 
 Buffer::~Buffer() { std::free(data_); }

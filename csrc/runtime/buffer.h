@@ -8,6 +8,9 @@
 
 namespace dllm {
 
+// Zero-filled memory for std::free.
+void* take_memory(size_t bytes, const char* what);
+
 class Buffer {
  public:
   Buffer() = default;

@@ -14,12 +14,12 @@ namespace {
 
 constexpr int64_t kLength = 40;
 
-struct Model {
+struct TinyModel {
   TempFolder folder;
   ModelSpec spec;
   Weights weights;
 
-  Model(Family family, DType dtype) {
+  TinyModel(Family family, DType dtype) {
     test::write_tiny_model(folder, family);
     auto checkpoint = std::make_unique<Checkpoint>(folder.path());
     spec = ModelSpec::from_config(checkpoint->config_text(), "config.json");
@@ -71,7 +71,7 @@ std::vector<float> logits(Transformer& t, const StepInput& in, int64_t vocab) {
 TEST(a_partial_step_writes_its_rows_and_no_others) {
   for (Family family : {Family::LLaDA, Family::Dream})
     for (DType dtype : {DType::F32, DType::BF16}) {
-      Model m(family, dtype);
+      TinyModel m(family, dtype);
       Transformer t(m.spec, m.weights);
       KvCache kv(m.spec, dtype, kLength);
       StepInput full;
@@ -92,7 +92,7 @@ TEST(a_partial_step_writes_its_rows_and_no_others) {
 }
 
 TEST(computing_the_same_rows_again_changes_nothing) {
-  Model m(Family::LLaDA, DType::F32);
+  TinyModel m(Family::LLaDA, DType::F32);
   Transformer t(m.spec, m.weights);
   KvCache kv(m.spec, DType::F32, kLength);
   StepInput full, part;
@@ -110,7 +110,7 @@ TEST(computing_the_same_rows_again_changes_nothing) {
 
 TEST(a_row_has_the_same_bits_in_any_company) {
   for (DType dtype : {DType::F32, DType::BF16}) {
-    Model m(Family::Dream, dtype);
+    TinyModel m(Family::Dream, dtype);
     Transformer t(m.spec, m.weights);
     KvCache a(m.spec, dtype, kLength), b(m.spec, dtype, kLength), alone(m.spec, dtype, kLength);
     StepInput together, single;
@@ -124,7 +124,7 @@ TEST(a_row_has_the_same_bits_in_any_company) {
 }
 
 TEST(only_wanted_rows_leave_the_last_layer) {
-  Model m(Family::LLaDA, DType::F32);
+  TinyModel m(Family::LLaDA, DType::F32);
   Transformer t(m.spec, m.weights);
   KvCache kv(m.spec, DType::F32, kLength), other(m.spec, DType::F32, kLength);
   StepInput full, few;
