@@ -25,8 +25,9 @@ void bind_decode(py::module_& m) {
         for (size_t i = 0; i < confidence.size(); ++i)
           proposals.push_back({int32_t(i), 0, confidence[i], confidence[i]});
         TransferSelector selector;
-        const std::span<const int32_t> chosen = selector.select(
-            config_from_dict(config), {0, step_in_block, masked_at_start, int64_t(confidence.size())}, proposals);
+        const std::span<const int32_t> chosen =
+            selector.select(rules_of(config_from_dict(config), {}),
+                            {0, step_in_block, masked_at_start, int64_t(confidence.size())}, proposals);
         return std::vector<int32_t>(chosen.begin(), chosen.end());
       },
       py::arg("config"), py::arg("confidence"), py::arg("step_in_block") = 0, py::arg("masked_at_start") = 0,

@@ -205,7 +205,8 @@ void bind_engine(py::module_& m) {
       .def_property_readonly("unused_tensors",
                              [](Engine& e) {
                                py::list names;
-                               for (const std::string& n : e.model().info().unused_tensors) names.append(lenient_text(n));
+                               for (const std::string& n : e.model().info().unused_tensors)
+                                 names.append(lenient_text(n));
                                return names;
                              })
       .def("generate", &generate, py::arg("prompts"), py::arg("infill"), py::arg("config"), py::arg("batch_size"),

@@ -85,8 +85,8 @@ class Case {
   // Race build: one of the reports so far holds `words`; all of them are taken as expected.
   void expect_report(const std::string& words);
 
-  // Race build: the most units moved over the least possible, at any site of this case with at least 32 requests.
-  // `what`: "sectors" (global memory) or "banks" (shared memory).
+  // Race build: the most units moved over the least possible, at any source line of this case that makes at least 32
+  // requests and 5 % of the units. `what`: "sectors" (device memory) or "banks" (shared memory).
   void budget(const std::string& what, double ratio);
 
   uint64_t hash() const { return hash_; }

@@ -5,9 +5,9 @@
 
 csrc/cuda_emulator/bugs/NAME.json lists mistakes of csrc/ops/cuda/NAME.cu:
     [{"name": ..., "find": text that is once in the file, "replace": ..., "caught_by": CHECK}]
-CHECK is "order" (outputs differ between schedules), "numbers" (an expectation of a case), "sanitizer" (ASan, UBSan), "race"
-(races, uninitialised memory) or "accesses" (a budget of sectors or banks). The clean kernels must pass first. Objects are
-kept in the build folder; each mistake costs one compilation. Exit status 1 if a mistake is missed.
+CHECK is "order" (outputs differ between schedules), "numbers" (an expectation of a case), "sanitizer" (ASan, UBSan),
+"race" (races, uninitialised memory) or "accesses" (a budget of sectors or banks). The clean kernels must pass first.
+Objects are kept in the build folder; each mistake costs one compilation. Exit status 1 if a mistake is missed.
 """
 
 import argparse
@@ -23,7 +23,19 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 EMULATOR = CSRC / "cuda_emulator"
-SOURCES = ["fiber", "machine", "memory", "stream", "case", "races", "places", "access_counts", "cases/main"]
+SOURCES = [
+    "fiber",
+    "machine",
+    "memory",
+    "stream",
+    "case",
+    "races",
+    "places",
+    "access_counts",
+    "cases/main",
+    "cases/host",
+]
+SOURCES = [EMULATOR / f"{name}.cpp" for name in SOURCES] + sorted(CSRC.glob("ops/cuda/*.cpp"))
 
 COMMON = ["-std=c++20", "-ffp-contract=off", f"-I{CSRC}"]
 if platform.machine() in ("x86_64", "AMD64"):
@@ -33,7 +45,7 @@ SANITIZERS = "-fsanitize=address,undefined"
 
 @dataclasses.dataclass(frozen=True)
 class Build:
-    """Flags of the emulator's own files; those that kernels and cases have beside them; those of the link."""
+    """Flags of the emulator and of host code; those that kernels and cases have beside them; those of the link."""
 
     flags: tuple[str, ...]
     watched: tuple[str, ...] = ()
@@ -52,7 +64,7 @@ BUILDS = {
 CHECKS = {
     "order": ("plain", ("order:", "error:")),
     "numbers": ("plain", ("numbers:", "error:", "fault:")),
-    "sanitizer": ("sanitize", ("AddressSanitizer", "runtime error:", "error:")),
+    "sanitizer": ("sanitize", ("SUMMARY: AddressSanitizer", "runtime error:", " error:")),
     "race": ("race", ("race:", "error:")),
     "accesses": ("race", ("accesses:",)),
 }
@@ -102,8 +114,8 @@ class Builder:
             raise Failure(f"{source.name} does not compile:\n{text}")
         return out
 
-    def emulator(self, kind, source):
-        return self.compile(kind, EMULATOR / f"{source}.cpp", self.folder / kind / f"{Path(source).name}.o", False)
+    def common(self, kind, source):
+        return self.compile(kind, source, self.folder / kind / f"{source.stem}.o", False)
 
     def cases(self, kind, family):
         return self.compile(kind, EMULATOR / f"cases/{family}.cpp", self.folder / kind / f"{family}.cases.o", True)
@@ -115,8 +127,8 @@ class Builder:
         return self.compile(kind, source, source.with_suffix(".o"), True)
 
     def program(self, kind, family, kernels, out):
-        # The emulator first: of library templates that both use, the linker keeps the first copy, here the unwatched one.
-        objects = [self.folder / kind / f"{Path(s).name}.o" for s in SOURCES]
+        # The emulator first: of templates that both use, the linker keeps the first copy, here the unwatched one.
+        objects = [self.folder / kind / f"{source.stem}.o" for source in SOURCES]
         objects += [kernels, self.folder / kind / f"{family}.cases.o"]
         status, text = run([self.compiler, *BUILDS[kind].link, *map(str, objects), "-o", str(out), "-ldl"])
         if status:
@@ -135,9 +147,7 @@ def read_bugs(pattern):
 
 
 def check_clean(builder, kind, family):
-    program = builder.program(
-        kind, family, builder.kernels(kind, family), builder.folder / kind / f"{family}.clean"
-    )
+    program = builder.program(kind, family, builder.kernels(kind, family), builder.folder / kind / f"{family}.clean")
     status, text = run([str(program), family + "/"], timeout=600)
     if status:
         raise Failure(f"{family}, {kind} build: the clean kernels fail:\n{text}")
@@ -150,8 +160,8 @@ def try_bug(builder, bug):
     if text.count(bug.find) != 1:
         return False, f"the text to replace is {text.count(bug.find)} times in {bug.family}.cu"
     folder = builder.folder / "bugs" / bug.family / bug.name.replace(" ", "_").replace("/", "_")
-    folder.mkdir(parents=True, exist_ok=True)
-    source = folder / f"{bug.family}.cu"
+    source = folder / f"csrc/ops/cuda/{bug.family}.cu"  # reports name what follows csrc/
+    source.parent.mkdir(parents=True, exist_ok=True)
     source.write_text(text.replace(bug.find, bug.replace))
     try:
         kernels = builder.kernels(kind, bug.family, source)
@@ -164,7 +174,9 @@ def try_bug(builder, bug):
     lines = output.splitlines()
     for line in lines:
         if any(word in line for word in words):
-            return True, line.replace("FAILED ", "")
+            frames = [x.split("csrc/")[-1] for x in lines if x.lstrip().startswith("#") and f"/{bug.family}.cu:" in x]
+            at = f" ({frames[0]})" if frames and bug.caught_by == "sanitizer" else ""
+            return True, line.replace("FAILED ", "") + at
     other = [line for line in lines if "FAILED" in line] or lines[-1:] or [f"exit status {status}"]
     return False, "noticed by another check: " + other[0]
 
@@ -182,7 +194,7 @@ def main():
     builder = Builder(args.build_dir.resolve(), args.compiler)
     with ThreadPoolExecutor(args.jobs) as pool:
         kinds = sorted({kind for kind, _ in needed})
-        list(pool.map(lambda task: builder.emulator(*task), [(k, s) for k in kinds for s in SOURCES]))
+        list(pool.map(lambda task: builder.common(*task), [(k, s) for k in kinds for s in SOURCES]))
         list(pool.map(lambda task: builder.cases(*task), needed))
         list(pool.map(lambda task: check_clean(builder, *task), needed))
         results = list(pool.map(lambda bug: try_bug(builder, bug), bugs))

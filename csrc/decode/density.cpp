@@ -4,15 +4,6 @@
 
 namespace dllm {
 
-namespace {
-// Positions that lie alike, left and right in a gap, get sums that differ in their last bits only: they are to tie.
-double keep_40_bits(double x) {
-  int exponent = 0;
-  const double mantissa = std::frexp(x, &exponent);
-  return std::ldexp(std::nearbyint(std::ldexp(mantissa, 40)), exponent - 40);
-}
-}  // namespace
-
 CertaintyDensity::CertaintyDensity(const Bitmap& editable, double sigma) : density_(size_t(editable.size()), 0.0) {
   while (first_ < editable.size() && !editable.test(first_)) ++first_;
   const int64_t n = editable.size() - first_;

@@ -7,17 +7,30 @@
 // Rounded to 40 bits, so that positions that lie alike have the same density.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <span>
 #include <vector>
 
 #include "runtime/bitmap.h"
+#include "runtime/host_device.h"
 
 namespace dllm {
+
+// Positions that lie alike, left and right in a gap, get sums that differ in their last bits only: they are to tie.
+DLLM_HD inline double keep_40_bits(double x) {
+  int exponent = 0;
+  const double mantissa = frexp(x, &exponent);
+  return ldexp(nearbyint(ldexp(mantissa, 40)), exponent - 40);
+}
 
 class CertaintyDensity {
  public:
   CertaintyDensity(const Bitmap& editable, double sigma);
+
+  // phi(d) for d = 0 .. 3L, and phi(d) + phi(d + 1) + ... for d = 0 .. 3L + 1.
+  std::span<const double> phi() const { return phi_; }
+  std::span<const double> tail() const { return tail_; }
 
   // Per position of the canvas, 0 left of the lowest editable one; valid until the next call.
   std::span<const double> of(const Bitmap& masked);

@@ -37,6 +37,7 @@ Engine::Engine(std::unique_ptr<Checkpoint> checkpoint, DType dtype, Quantization
     fail<ConfigError>("dtype = \"float16\" is not supported on the CPU (there are: \"float32\", \"bfloat16\")");
   const auto load = device == "cpu" ? load_cpu_model : load_cuda_model;
   model_ = load(spec_, std::move(checkpoint), dtype, quantization, progress);
+  device_loop_ = make_device_loop(spec_, *model_);
 }
 
 void Engine::check_prompt(size_t index, const std::vector<int32_t>& prompt, const GenerationConfig& config,
@@ -92,6 +93,7 @@ std::vector<Result> Engine::generate(const std::vector<std::vector<int32_t>>& pr
     fail<UsageError>("generate() was called from within on_step; call it after the running generate() has returned");
   const std::lock_guard lock(mutex_);
   const RunningMark mark(running_);
+  if (device_loop_ && device_loop_->supports(config)) return device_loop_->generate(prompts, config, options);
 
   // The released d2Cache pads rows to the largest sequence of a fixed batch, whose blocks begin together.
   const bool fixed_groups = config.reference_quirks && config.cache == CacheKind::D2;

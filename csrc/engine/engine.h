@@ -14,17 +14,12 @@
 
 #include "decode/config.h"
 #include "engine/events.h"
+#include "engine/loop.h"
+#include "engine/options.h"
 #include "engine/sequence.h"
 #include "model/model.h"
 
 namespace dllm {
-
-struct GenerateOptions {
-  bool infill = false;     // prompt positions that hold the mask id are to be filled
-  int64_t batch_size = 8;  // sequences that run at a time; no result depends on it (but with reference_quirks and d2)
-  StepCallback on_step;
-  const std::atomic<bool>* interrupt = nullptr;  // polled before every step
-};
 
 class Engine {
  public:
@@ -57,6 +52,7 @@ class Engine {
 
   ModelSpec spec_;
   std::unique_ptr<Model> model_;
+  std::unique_ptr<Loop> device_loop_;  // or null
 
   std::mutex mutex_;
   std::atomic<std::thread::id> running_;

@@ -15,8 +15,8 @@ double seconds_since(std::chrono::steady_clock::time_point t) {
 
 Sequence::Sequence(int64_t index, const std::vector<int32_t>& prompt, bool infill, const GenerationConfig& config,
                    const ModelSpec& spec, const Model& model)
-    : index_(index), config_(config), spec_(spec), policy_(make_cache_policy(config, spec)),
-      started_(std::chrono::steady_clock::now()) {
+    : index_(index), config_(config), rules_(rules_of(config, spec)), spec_(spec),
+      policy_(make_cache_policy(config, spec)), started_(std::chrono::steady_clock::now()) {
   const int64_t length = int64_t(prompt.size()) + config.gen_length;
   canvas_.prompt_length = int32_t(prompt.size());
   canvas_.tokens = prompt;
@@ -46,6 +46,7 @@ void Sequence::reserve() {
        {&block_positions_, &eligible_, &reads_, &blanks_, &event_.positions, &event_.token_ids})
     list->reserve(editable);
   proposals_.reserve(editable);
+  committed_.reserve(editable);
   scores_.reserve(editable);
   result_.prompt_ids.reserve(size_t(canvas_.prompt_length));
   result_.token_ids.reserve(size_t(config_.gen_length));
@@ -110,10 +111,10 @@ void Sequence::find_eligible() {
   at_.eligible = int64_t(eligible_.size());
 }
 
-SequenceView Sequence::view() const {
+SequenceView Sequence::view_of(const StepPosition& at) const {
   return {canvas_.prompt_length, config_.block_length, canvas_.editable,
-          canvas_.masked,        first_stop_,          {block_positions_, block_begin_, at_.step_in_block},
-          int64_t(at_.step)};
+          canvas_.masked,        first_stop_,          {block_positions_, block_begin_, at.step_in_block},
+          int64_t(at.step)};
 }
 
 bool Sequence::is_computed(int32_t position) const {
@@ -128,7 +129,7 @@ StepPlan& Sequence::plan_step() {
   const int64_t interval = config_.dllm.cfg_interval_steps;
   const bool guided = at_.step < 5 || at_.step % interval == 0;
   evaluated_ = guided ? int64_t(streams_.size()) : 1;
-  for (int64_t i = 0; i < evaluated_; ++i) policy_->plan(view(), int(i), streams_[size_t(i)].plan);
+  for (int64_t i = 0; i < evaluated_; ++i) policy_->plan(view_of(at_), int(i), streams_[size_t(i)].plan);
   if (prior_) density_ = prior_->of(canvas_.masked);
   return streams_[0].plan;
 }
@@ -205,18 +206,19 @@ void Sequence::propose_all(std::span<const int32_t> positions, const ops::RowSta
   for (size_t i = 0; i < positions.size(); ++i) {
     const int32_t p = positions[i];
     const ScoreContext context{density_.empty() ? 1.0 : density_[size_t(p)], p - block_positions_.front()};
-    proposals_.push_back(propose(config_, spec_, p, at_.step, stats[i], context));
+    proposals_.push_back(rules::propose(rules_, p, at_.step, stats[i], context));
     if (history_) proposals_.back().stable = history_->stable(p, *config_.kl_threshold);
   }
 }
 
 const StepEvent& Sequence::commit(const ops::RowStats* reads, const ops::RowStats* blanks,
                                   std::span<const float> importance, StepStats counters) {
+  const StepPosition at_before = at_;
   proposals_.clear();
   scores_.clear();
   propose_all(reads_, reads);
   if (policy_->wants_all_scores())
-    for (const Proposal& p : proposals_) scores_.push_back({p.position, certainty(config_, p.confidence)});
+    for (const Proposal& p : proposals_) scores_.push_back({p.position, rules::certainty(rules_, p.confidence)});
   propose_all(blanks_, blanks);
   if (!blanks_.empty())
     std::sort(proposals_.begin(), proposals_.end(),
@@ -224,27 +226,34 @@ const StepEvent& Sequence::commit(const ops::RowStats* reads, const ops::RowStat
   std::erase_if(proposals_,
                 [&](const Proposal& p) { return !std::binary_search(eligible_.begin(), eligible_.end(), p.position); });
 
+  committed_.clear();
+  for (int32_t i : selector_.select(rules_, at_, proposals_))
+    committed_.push_back({proposals_[size_t(i)].position, proposals_[size_t(i)].token});
+  counters.selection_seconds += selection_seconds_;
+  apply(committed_, int64_t(streams_[0].plan.rows.size()), computes_everything(), counters);
+  policy_->observe(view_of(at_before), {scores_, eligible_, event_.positions, importance});
+  return event_;
+}
+
+const StepEvent& Sequence::apply(std::span<const Committed> committed, int64_t rows, bool is_full, StepStats counters) {
   event_.sequence = index_;
   event_.step = int64_t(at_.step);
   event_.block = block_;
   event_.positions.clear();
   event_.token_ids.clear();
-  event_.rows = int64_t(streams_[0].plan.rows.size());
-  event_.is_full = computes_everything();
-  for (int32_t i : selector_.select(config_, at_, proposals_)) {
-    const Proposal& p = proposals_[size_t(i)];
-    canvas_.tokens[size_t(p.position)] = p.token;
-    canvas_.masked.reset(p.position);
-    commit_step_[size_t(p.position)] = int64_t(at_.step);
-    note_stop(p.position, p.token);
-    if (history_) history_->forget(p.position);
-    if (!guidance_.empty()) guidance_[size_t(p.position)] = {};
-    event_.positions.push_back(p.position);
-    event_.token_ids.push_back(p.token);
+  event_.rows = rows;
+  event_.is_full = is_full;
+  for (const Committed& c : committed) {
+    canvas_.tokens[size_t(c.position)] = c.token;
+    canvas_.masked.reset(c.position);
+    commit_step_[size_t(c.position)] = int64_t(at_.step);
+    note_stop(c.position, c.token);
+    if (history_) history_->forget(c.position);
+    if (!guidance_.empty()) guidance_[size_t(c.position)] = {};
+    event_.positions.push_back(c.position);
+    event_.token_ids.push_back(c.token);
   }
-  policy_->observe(view(), {scores_, eligible_, event_.positions, importance});
-  counters.selection_seconds += selection_seconds_;
-  counters.commits = int64_t(event_.positions.size());
+  counters.commits = int64_t(committed.size());
   result_.steps.push_back(counters);
   result_.nfe += evaluated_;
   ++at_.step;

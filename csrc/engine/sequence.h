@@ -31,6 +31,11 @@ class Sequence {
   int64_t index() const { return index_; }
   int64_t block() const { return block_; }
   int64_t step() const { return at_.step; }
+  int64_t step_in_block() const { return at_.step_in_block; }
+  int64_t eligible() const { return at_.eligible; }  // positions that the next step may commit
+  const Canvas& canvas() const { return canvas_; }
+  std::span<const ops::KvSlab> slabs() const { return streams_[0].kv.slabs(); }
+  std::span<const LayerFeatures> feature_slabs() const { return streams_[0].features.slabs(); }
 
   // Plans the step: rows of every stream (with guidance two, the second without the prompt). The first one's plan may be
   // changed before append_rows (CachePolicy::plan_together).
@@ -55,6 +60,12 @@ class Sequence {
   const StepEvent& commit(const ops::RowStats* reads, const ops::RowStats* blanks, std::span<const float> importance,
                           StepStats counters);
 
+  // Takes over what a step has committed, wherever it was chosen. `rows` it computed, all of them where is_full.
+  struct Committed {
+    int32_t position, token;
+  };
+  const StepEvent& apply(std::span<const Committed> committed, int64_t rows, bool is_full, StepStats counters);
+
   Result take_result();
 
  private:
@@ -69,13 +80,14 @@ class Sequence {
   void begin_block();
   void find_eligible();
   void note_stop(int32_t position, int32_t token);
-  SequenceView view() const;
+  SequenceView view_of(const StepPosition& at) const;
   bool is_computed(int32_t position) const;
   bool computes_everything() const;
   void propose_all(std::span<const int32_t> positions, const ops::RowStats* stats);
 
   int64_t index_;
   const GenerationConfig& config_;
+  const Rules rules_;
   const ModelSpec& spec_;
   Canvas canvas_;
   std::vector<Stream> streams_;  // one, or two with guidance
@@ -95,6 +107,7 @@ class Sequence {
   std::vector<Proposal> proposals_;
   std::vector<StepOutcome::Score> scores_;
   TransferSelector selector_;
+  std::vector<Committed> committed_;
   StepEvent event_{};  // of the last step
   int32_t first_stop_;  // lowest generated position with a committed stop id, or the canvas length
 

@@ -109,8 +109,8 @@ void WeightReader::finish(const CheckpointTensor& t) {
 Quantization resolve_quantization(const ModelSpec& spec, Quantization asked) {
   if (asked == Quantization::None) return spec.stored;
   if (spec.stored != Quantization::None && asked != spec.stored)
-    fail<ConfigError>("quantization = \"", name_of(asked), "\" is not allowed: the checkpoint is ", name_of(spec.stored),
-                      " already");
+    fail<ConfigError>("quantization = \"", name_of(asked), "\" is not allowed: the checkpoint is ",
+                      name_of(spec.stored), " already");
   return asked;
 }
 

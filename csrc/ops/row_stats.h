@@ -32,6 +32,7 @@ struct RowStatsParams {
   int32_t banned_id = -1;  // logit taken as -inf (logits_eos_inf), -1: none
   float temperature = 1.0f;  // logits are divided by this first (the Dream schedule); 1: untouched, bit for bit
   double noise_scale = 0.0;  // > 0: Gumbel noise of stream Token times this, added in fp64
+  bool operator==(const RowStatsParams&) const = default;
 };
 
 // Statistics of rows of given logits [rows, vocab] (fp32; -inf marks a filtered id); keys [rows] is read only if

@@ -33,7 +33,9 @@ class CpuDevice final : public Device {
   Mark mark() override { return 0; }
   void wait(Mark) override {}
 
-  std::unique_ptr<Graph> capture(const std::function<void()>& work) override { return std::make_unique<Recorded>(work); }
+  std::unique_ptr<Graph> capture(const std::function<void()>& work) override {
+    return std::make_unique<Recorded>(work);
+  }
   void replay(const Graph& graph) override { static_cast<const Recorded&>(graph).work(); }
 };
 

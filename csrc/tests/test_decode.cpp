@@ -29,7 +29,7 @@ std::string join(const std::vector<int32_t>& v) {
 // What is committed, as text.
 std::string chosen(const GenerationConfig& config, const StepPosition& at, const std::vector<double>& confidence) {
   TransferSelector selector;
-  const std::span<const int32_t> indices = selector.select(config, at, proposals_of(confidence));
+  const std::span<const int32_t> indices = selector.select(rules_of(config, {}), at, proposals_of(confidence));
   return join({indices.begin(), indices.end()});
 }
 

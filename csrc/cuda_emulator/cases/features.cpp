@@ -256,6 +256,14 @@ void features_verify(emu::Case& c) {
     verify_case<T>(c, 0, 2, 1, 8, true);
   });
 }
+void features_accesses(emu::Case& c) {  // whole quads, nothing but the floor
+  all_types([&]<class T>() {
+    kept_case<T>(c, 8, 8, 512);
+    verify_case<T>(c, 8, 8, 4, 128, true);
+  });
+  c.budget("sectors", 1.01);
+  c.budget("banks", 1.01);
+}
 void features_choose(emu::Case& c) {
   const auto any = [&] { return 2 * c.uniform() - 1; };
   choose_case(c, {{300, {0, 0, 20}}, {0, {1, 0, 3}}, {1, {0, 1, -1}}, {70, {1, 0, 7}}, {33, {0, 0, -1}}}, any);
@@ -279,6 +287,7 @@ const emu::Registered r2("features/verify", features_verify);
 const emu::Registered r3("features/choose", features_choose);
 const emu::Registered r4("features/choose_similar", features_choose_similar);
 const emu::Registered r5("features/choose_ties", features_choose_ties);
+const emu::Registered r6("features/accesses", features_accesses);
 
 }  // namespace
 }  // namespace dllm

@@ -92,12 +92,14 @@ std::vector<std::vector<float>> random_rows(emu::Case& c, int rows, int vocab, d
 }
 
 void row_stats_tiles(emu::Case& c) {
-  check(c, random_rows(c, 2, 9001, 9), {.mask_id = 17}, 9001, 9004);  // two parts
+  auto wide = random_rows(c, 2, 9001, 9);  // two parts
+  check(c, wide, {.mask_id = 17}, 9001, 9004);
+  wide[0][3] = wide[1][9000] = std::numeric_limits<float>::quiet_NaN();
+  check(c, wide, {}, 9001, 9004);
   check(c, random_rows(c, 3, 300, 9), {.mask_id = 299, .banned_id = 4}, 128, 128);
   check(c, random_rows(c, 2, 301, 4), {.temperature = 0.7f}, 100, 131);  // rows not aligned
   check(c, random_rows(c, 1, 5, 1), {}, 1, 4);
   check(c, {}, {}, 3, 4);
-  c.budget("sectors", 1.3);
 }
 
 void row_stats_noise(emu::Case& c) {
@@ -110,6 +112,12 @@ void row_stats_noise(emu::Case& c) {
   for (auto& row : low)
     for (float& x : row) x -= 1e5f;
   check(c, low, {.noise_scale = 0.5}, 256, 256);
+}
+
+void row_stats_accesses(emu::Case& c) {  // whole quads, nothing but the floor
+  check(c, random_rows(c, 6, 2048, 5), {.noise_scale = 1.0}, 1024, 1024);
+  c.budget("sectors", 1.2);
+  c.budget("banks", 1.01);
 }
 
 void row_stats_special(emu::Case& c) {
@@ -139,6 +147,7 @@ const emu::Registered r1("row_stats/tiles", row_stats_tiles);
 const emu::Registered r2("row_stats/noise", row_stats_noise);
 const emu::Registered r3("row_stats/special", row_stats_special);
 const emu::Registered r4("row_stats/many_rows", row_stats_many_rows);
+const emu::Registered r5("row_stats/accesses", row_stats_accesses);
 
 }  // namespace
 }  // namespace dllm

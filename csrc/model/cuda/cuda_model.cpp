@@ -54,8 +54,8 @@ void CudaModel::reserve(const StepSize& most) {
                     captures_importance_ || most.importance);
   }
   if (most.logits) {
-    const size_t elements =
-        checked_bytes("logits", size_t(capacity_.out_rows), size_t(spec_.vocab_size)), bytes = elements * 4;
+    const size_t elements = checked_bytes("logits", size_t(capacity_.out_rows), size_t(spec_.vocab_size)),
+                 bytes = elements * 4;
     if (logits_.bytes() < bytes) {
       logits_ = DeviceBuffer(*device_, bytes, "logits");
       host_logits_ = Pinned<float>(*device_, elements, "logits");
@@ -89,26 +89,25 @@ void CudaModel::reserve_scratch(const StepCapacity& c, int32_t keys, bool featur
     take(y_, "a layer's outputs", rows, d, 4);
     take(values_, "values", rows, kv, 4);
     take(similarity_, "similarities", rows, 1, 8);
-    const size_t list_bytes = rows * 3 * 4 + size_t(c.sequences) * sizeof(ops::cuda::SequenceRows) + 16;
-    take(lists_, "lists of rows", 2 * list_bytes, 1, 1);
-    char* next = lists_.as<char>();
-    for (ops::cuda::RowList* list : {&live_, &resting_}) {
-      list->count = reinterpret_cast<int32_t*>(next);
-      list->sequences = reinterpret_cast<ops::cuda::SequenceRows*>(next + 16);
-      list->row = reinterpret_cast<int32_t*>(list->sequences + c.sequences);
-      list->position = list->row + c.rows;
-      list->sequence = list->position + c.rows;
-      list->capacity = c.rows;
-      next += list_bytes;
-    }
+    const auto carve = [&](void* base) {
+      Carver carver(base);
+      for (ops::cuda::RowList* list : {&live_, &resting_}) {
+        carver.take(list->count, 1);
+        carver.take(list->sequences, c.sequences);
+        for (int32_t** column : {&list->row, &list->position, &list->sequence}) carver.take(*column, c.rows);
+        list->capacity = c.rows;
+      }
+      return carver.bytes();
+    };
+    take(lists_, "lists of rows", carve(nullptr), 1, 1);
+    carve(lists_.as());
   }
   if (importance) {
     importance_ld_ = round_up(keys, 16);
     take(means_, "head means of attention", size_t(spec_.n_layers) * rows, size_t(importance_ld_), 4);
     for (DeviceBuffer& b : rollout_) take(b, "attention rollout", size_t(c.sequences), size_t(importance_ld_), 4);
     host_importance_ = {};
-    host_importance_ =
-        Pinned<float>(*device_, size_t(c.sequences) * size_t(importance_ld_), "attention rollout");
+    host_importance_ = Pinned<float>(*device_, size_t(c.sequences) * size_t(importance_ld_), "attention rollout");
   }
   take(hidden_, "hidden states", size_t(c.out_rows), d, t);
   take(tile_, "logits of a tile", size_t(c.out_rows), size_t(kVocabTile), 4);
@@ -127,7 +126,8 @@ void CudaModel::reserve_scratch(const StepCapacity& c, int32_t keys, bool featur
 void CudaModel::linear(const CudaLinear& w, const void* x, const ops::cuda::RowList& rows, int32_t capacity, float* out,
                        bool accumulate) {
   if (!w.quantized()) {
-    ops::cuda::dense_linear(stream(), weights_.info.dtype, {w.weight.as(), x, out, w.n, w.k, capacity, w.n, accumulate});
+    ops::cuda::dense_linear(stream(), weights_.info.dtype,
+                            {w.weight.as(), x, out, w.n, w.k, capacity, w.n, accumulate});
     return;
   }
   for (int32_t r = 0; r < capacity; r += ops::cuda::kQuantRows)
@@ -163,14 +163,14 @@ void CudaModel::run_layer(const StepShape& shape, int layer) {
       ops::cuda::store_and_add(stream(), t, {y_.as<float>(), rows, features + first, spec_.d_model, x_.as<float>()});
   };
   if (n > 0) {
-    const ops::cuda::RmsNormArgs norm{x_.as<float>(), indices,        rows.count, n, spec_.d_model, w.attn_norm.as<float>(),
-                                      spec_.norm_eps, h_.as()};
+    const ops::cuda::RmsNormArgs norm{x_.as<float>(),          indices,        rows.count, n, spec_.d_model,
+                                      w.attn_norm.as<float>(), spec_.norm_eps, h_.as()};
     ops::cuda::rms_norm(stream(), t, norm);
     linear(w.qkv, h_.as(), rows, n, qkv_.as<float>(), false);
-    ops::cuda::rope_kv_write(stream(), t,
-                             {qkv_.as<float>(), w.qkv_bias.as<float>(), weights_.cos.as<float>(), weights_.sin.as<float>(),
-                              rows.position, rows.sequence, rows.count, n, spec_.n_heads, spec_.n_kv_heads,
-                              spec_.head_dim, slabs, q_.as()});
+    ops::cuda::rope_kv_write(
+        stream(), t,
+        {qkv_.as<float>(), w.qkv_bias.as<float>(), weights_.cos.as<float>(), weights_.sin.as<float>(), rows.position,
+         rows.sequence, rows.count, n, spec_.n_heads, spec_.n_kv_heads, spec_.head_dim, slabs, q_.as()});
     const ops::cuda::AttentionArgs attention{q_.as(),
                                              spec_.q_columns(),
                                              attention_.as(),
@@ -188,9 +188,9 @@ void CudaModel::run_layer(const StepShape& shape, int layer) {
                                              attention_scratch_.as()};
     ops::cuda::attention(stream(), t, attention);
     if (shape.importance)
-      ops::cuda::head_mean(
-          stream(), t,
-          {attention, means_.as<float>() + size_t(layer) * size_t(shape.rows) * size_t(importance_ld_), importance_ld_});
+      ops::cuda::head_mean(stream(), t,
+                           {attention, means_.as<float>() + size_t(layer) * size_t(shape.rows) * size_t(importance_ld_),
+                            importance_ld_});
     add_to_stream(w.attn_out, attention_.as(), step_.attention_features);
     ops::cuda::RmsNormArgs ffn_norm = norm;
     ffn_norm.weight = w.ffn_norm.as<float>();
@@ -200,8 +200,9 @@ void CudaModel::run_layer(const StepShape& shape, int layer) {
     add_to_stream(w.down, act_.as(), step_.mlp_features);
   }
   if (keeps)
-    ops::cuda::add_kept(stream(), t, {resting_, step_.attention_features + first, step_.mlp_features + first, spec_.d_model,
-                                      x_.as<float>()});
+    ops::cuda::add_kept(
+        stream(), t,
+        {resting_, step_.attention_features + first, step_.mlp_features + first, spec_.d_model, x_.as<float>()});
 }
 
 // dLLM-Cache: the rows that the layer computes. Where some are chosen by similarity, fresh V of all candidates comes first.
@@ -213,21 +214,22 @@ ops::cuda::RowList CudaModel::choose_rows(const StepShape& shape, int layer) {
   live_.capacity = shape.layers[size_t(layer)].live;
   resting_.capacity = shape.rows;
   if (n > 0) {
-    ops::cuda::rms_norm(stream(), t, {x_.as<float>(), step_.verified.row, step_.verified.count, n, spec_.d_model,
-                                      w.attn_norm.as<float>(), spec_.norm_eps, h_.as()});
+    ops::cuda::rms_norm(stream(), t,
+                        {x_.as<float>(), step_.verified.row, step_.verified.count, n, spec_.d_model,
+                         w.attn_norm.as<float>(), spec_.norm_eps, h_.as()});
     const int32_t v_begin = spec_.q_columns() + spec_.kv_columns();
     ops::cuda::RowList verified = step_.verified;
     verified.capacity = n;
     const float* bias = w.qkv_bias.as<float>();
     value_projection(w.qkv, verified, n);
-    ops::cuda::verify_values(stream(), t, {values_.as<float>(), bias ? bias + v_begin : nullptr, verified,
-                                           step_.slabs + first, spec_.n_kv_heads, spec_.head_dim,
-                                           similarity_.as<double>()});
+    ops::cuda::verify_values(stream(), t,
+                             {values_.as<float>(), bias ? bias + v_begin : nullptr, verified, step_.slabs + first,
+                              spec_.n_kv_heads, spec_.head_dim, similarity_.as<double>()});
   }
   ops::cuda::RowList step = step_.step;
   step.capacity = shape.rows;
-  ops::cuda::choose_rows(stream(), {step, step_.is_response, step_.plans + first, step_.verified, similarity_.as<double>(),
-                                    shape.sequences, live_, resting_});
+  ops::cuda::choose_rows(stream(), {step, step_.is_response, step_.plans + first, step_.verified,
+                                    similarity_.as<double>(), shape.sequences, live_, resting_});
   return live_;
 }
 
@@ -241,8 +243,17 @@ void CudaModel::value_projection(const CudaLinear& qkv, const ops::cuda::RowList
     return;
   }
   for (int32_t r = 0; r < n; r += ops::cuda::kQuantRows) {
-    ops::cuda::QuantLinearArgs args{qkv.weight.as(), qkv.format, qkv.n,   qkv.k, h_.as(), rows.count, r, values_.as<float>(),
-                                    columns,         false,      std::min(n - r, ops::cuda::kQuantRows)};
+    ops::cuda::QuantLinearArgs args{qkv.weight.as(),
+                                    qkv.format,
+                                    qkv.n,
+                                    qkv.k,
+                                    h_.as(),
+                                    rows.count,
+                                    r,
+                                    values_.as<float>(),
+                                    columns,
+                                    false,
+                                    std::min(n - r, ops::cuda::kQuantRows)};
     args.column_begin = begin;
     ops::cuda::quant_linear(stream(), weights_.info.dtype, args);
   }
@@ -254,9 +265,9 @@ void CudaModel::find_importance(const StepShape& shape) {
   const float* c = nullptr;
   for (int l = spec_.n_layers; l-- > 0;) {
     float* out = rollout_[l % 2].as<float>();
-    ops::cuda::rollout(stream(), {means_.as<float>() + size_t(l) * size_t(shape.rows) * size_t(importance_ld_),
-                                  importance_ld_, step_.step.sequences, step_.step.position, shape.sequences, shape.keys, c,
-                                  out, importance_ld_});
+    ops::cuda::rollout(
+        stream(), {means_.as<float>() + size_t(l) * size_t(shape.rows) * size_t(importance_ld_), importance_ld_,
+                   step_.step.sequences, step_.step.position, shape.sequences, shape.keys, c, out, importance_ld_});
     c = out;
   }
   importance_ = c;
@@ -275,9 +286,9 @@ void CudaModel::head_stats(const StepShape& shape, const ops::RowStatsParams& pa
   for (int64_t first = 0; first < spec_.vocab_size; first += kVocabTile) {
     const int64_t n = std::min(kVocabTile, spec_.vocab_size - first);
     head_tile(shape, first, n, tile_.as<float>(), kVocabTile);
-    ops::cuda::row_stats_tile(stream(), {tile_.as<float>(), kVocabTile, int32_t(first), int32_t(n), first == 0,
-                                         first + n == spec_.vocab_size, step_.out_count, shape.out_rows, params,
-                                         step_.keys, stats_.as<ops::cuda::RowStatsState>()});
+    ops::cuda::row_stats_tile(
+        stream(), {tile_.as<float>(), kVocabTile, int32_t(first), int32_t(n), first == 0, first + n == spec_.vocab_size,
+                   step_.out_count, shape.out_rows, params, step_.keys, stats_.as<ops::cuda::RowStatsState>()});
   }
 }
 
@@ -291,8 +302,17 @@ void CudaModel::head_tile(const StepShape& shape, int64_t first, int64_t n, floa
     return;
   }
   for (int32_t r = 0; r < shape.out_rows; r += ops::cuda::kQuantRows) {
-    ops::cuda::QuantLinearArgs args{w.weight.as(), w.format, w.n,   w.k, hidden_.as(), step_.out_count, r, out, ld,
-                                    false,         std::min(shape.out_rows - r, ops::cuda::kQuantRows)};
+    ops::cuda::QuantLinearArgs args{w.weight.as(),
+                                    w.format,
+                                    w.n,
+                                    w.k,
+                                    hidden_.as(),
+                                    step_.out_count,
+                                    r,
+                                    out,
+                                    ld,
+                                    false,
+                                    std::min(shape.out_rows - r, ops::cuda::kQuantRows)};
     args.column_begin = first;
     args.column_end = first + n;
     ops::cuda::quant_linear(stream(), t, args);
@@ -335,7 +355,8 @@ void CudaModel::send_plan(const StepInput& in) {
       m.mlp_features[i] = q.feature_slabs[l].mlp.data;
       const FeatureStep::Refresh refresh = q.features->layers[l];
       const int32_t n_verify = int32_t(q.features->n_verify);
-      const int32_t prompt = int32_t(q.features->prompt_rows.size()), response = int32_t(q.features->response_rows.size());
+      const int32_t prompt = int32_t(q.features->prompt_rows.size()),
+                    response = int32_t(q.features->response_rows.size());
       m.plans[i] = {refresh.prompt, refresh.response, n_verify};
       StepShape::Layer& layer = shape.layers[l];
       layer.live += (refresh.prompt ? prompt : 0) + (refresh.response ? response : std::max(n_verify, 0));

@@ -46,6 +46,9 @@ class CudaModel final : public Model {
 
   // For the loop on the device. reserve() first; `shape` within what was reserved.
   const StepMemory& memory() const { return step_; }
+  int32_t max_rows() const { return capacity_.rows; }
+  int32_t max_out_rows() const { return capacity_.out_rows; }
+  int32_t max_sequences() const { return capacity_.sequences; }  // also the stride of what the plan has per layer
   void run_layers(const StepShape& shape, bool check_finite = false);
   void head_stats(const StepShape& shape, const ops::RowStatsParams& params);
   const ops::cuda::RowStatsState* stats() const { return stats_.as<ops::cuda::RowStatsState>(); }

@@ -8,6 +8,7 @@
 #include "ops/cuda/features.h"
 #include "ops/cuda/step.h"
 #include "ops/philox.h"
+#include "runtime/carver.h"
 
 namespace dllm {
 
@@ -36,32 +37,27 @@ struct StepMemory {
   // The same layout wherever it lies: in device memory at `base`, or in the host's copy of it.
   static StepMemory at(void* base, const StepCapacity& c) {
     StepMemory m{};
-    char* const begin = static_cast<char*>(base);
-    char* next = begin;
-    const auto take = [&]<class T>(T*& p, int64_t count) {
-      p = reinterpret_cast<T*>(next);
-      next += (count * int64_t(sizeof(T)) + 15) / 16 * 16;
-    };
+    Carver carver(base);
     const auto list = [&](ops::cuda::RowList& l) {
-      take(l.count, 1);
-      take(l.sequences, c.sequences);
-      take(l.row, c.rows);
-      take(l.position, c.rows);
-      take(l.sequence, c.rows);
+      carver.take(l.count, 1);
+      carver.take(l.sequences, c.sequences);
+      carver.take(l.row, c.rows);
+      carver.take(l.position, c.rows);
+      carver.take(l.sequence, c.rows);
       l.capacity = c.rows;
     };
     list(m.step);
     list(m.verified);
-    take(m.tokens, c.rows);
-    take(m.is_response, c.rows);
-    take(m.out_rows, c.out_rows);
-    take(m.out_count, 1);
-    take(m.keys, c.out_rows);
-    take(m.plans, int64_t(c.layers) * c.sequences);
-    take(m.slabs, int64_t(c.layers) * c.sequences);
-    take(m.attention_features, int64_t(c.layers) * c.sequences);
-    take(m.mlp_features, int64_t(c.layers) * c.sequences);
-    m.bytes = size_t(next - begin);
+    carver.take(m.tokens, c.rows);
+    carver.take(m.is_response, c.rows);
+    carver.take(m.out_rows, c.out_rows);
+    carver.take(m.out_count, 1);
+    carver.take(m.keys, c.out_rows);
+    carver.take(m.plans, int64_t(c.layers) * c.sequences);
+    carver.take(m.slabs, int64_t(c.layers) * c.sequences);
+    carver.take(m.attention_features, int64_t(c.layers) * c.sequences);
+    carver.take(m.mlp_features, int64_t(c.layers) * c.sequences);
+    m.bytes = carver.bytes();
     return m;
   }
 };

@@ -146,9 +146,9 @@ CudaWeights load_cuda_weights(const ModelSpec& spec, const Checkpoint& checkpoin
   up.rope(w);
   for (const LayerNames& n : names.layers) w.layers.push_back(up.layer(n));
   w.final_norm = up.vector(names.final_norm + ".weight", spec.d_model);
-  w.head = up.linear({{spec.tied_head ? names.embedding : names.head, spec.vocab_size}}, spec.d_model,
-                     spec.tied_head ? Quantization::None : head_quantization(spec.stored),
-                     head_quantization(quantization));
+  w.head =
+      up.linear({{spec.tied_head ? names.embedding : names.head, spec.vocab_size}}, spec.d_model,
+                spec.tied_head ? Quantization::None : head_quantization(spec.stored), head_quantization(quantization));
   w.info = {dtype, quantization, 0, unused_tensors(spec, checkpoint)};
   for (const CudaLayer& l : w.layers) w.info.resident_bytes += l.bytes();
   w.info.resident_bytes += w.embedding.bytes() + w.final_norm.bytes() + w.head.weight.bytes();

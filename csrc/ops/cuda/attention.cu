@@ -3,17 +3,17 @@
 // bf16 and fp16. A "unit" is a (row, head) pair whose head reads kv head z. Units of a sequence are numbered
 // row * group + head in group, so that the heads of a group share what a block loads. A block takes 16, 32 or 64 units of
 // one sequence, 16 a warp, and one chunk of 256 keys:
-//   q     global -> registers, once, 16 bytes a lane
-//   K, V  tiles of 64 keys by cp.async, two stages of (K, V) in shared memory: 64 KiB at head_dim 128, 32 KiB at 64.
-//         16-byte pieces are swizzled (below), which leaves reads and copies without bank conflicts.
+//   q     to shared memory once
+//   K, V  tiles of 64 keys by cp.async, two stages of (K, V)
 //   softmax in powers of 2 over the tiles of the chunk, sums in fp32; P is rounded to T for P V, as is usual.
-// The parts of a chunk (max, sum, unscaled output, fp32) go to scratch, 2 * 4 * (head_dim + 2) bytes a unit and chunk there
-// and back, and attention_combine merges them in order. Two cases need no scratch and one launch:
+// Shared memory at head_dim 128: 68, 72, 80 KiB; at 64 half of it. 16-byte pieces are swizzled, which leaves copies and
+// reads without bank conflicts. K and V are read once per tile of units, from L2 but for the first.
+// What a chunk gives (max, sum, unscaled output, fp32) goes to scratch, 4 * (head_dim + 2) bytes a unit and chunk, and
+// attention_combine merges it in order. Two cases need no scratch and one launch:
 //   - max_keys is at most a chunk: the block writes `out`;
 //   - units are so many that uncut sequences fill the device: a block goes through all chunks of its units.
 // The arithmetic of a unit is the same in all of them, whatever the tile height: the same tiles, the same chunks, merged by
-// the same operations (written as fmaf, lest the compiler choose). K and V are read once per tile of units, from
-// L2 but for the first.
+// the same operations (written as fmaf, lest the compiler choose).
 //
 // fp32. A warp per (row, head), lanes over keys and then over head_dim, the same chunks, all in one launch.
 //
@@ -66,8 +66,8 @@ DLLM_DEVICE int32_t find_sequence(const AttentionArgs& a, int32_t row) {
   return -1;
 }
 
-// Where [row][column] of a tile in shared memory lies. Pieces of 8 elements trade places such that all 8 rows of an
-// ldmatrix, and 2 rows x 4 pieces of load_row_pieces, fall on different banks.
+// Where [row][column] of a tile in shared memory lies. Pieces of 8 elements trade places such that the 8 rows of an
+// ldmatrix, and 2 neighbouring rows x 4 pieces (scores), fall on different banks.
 template <int Dim>
 DLLM_DEVICE int swizzle(int row, int column) {
   return row * Dim + (column & ~63) + ((column & 63) ^ ((row & 1) << 5 | (row >> 1 & 3) << 3));
@@ -81,7 +81,7 @@ DLLM_DEVICE void copy_tiles(T* const (&shared)[N], const T* const (&global)[N], 
   const size_t offset = first * ld + column;
   const int32_t left = valid - first;
   for (int i = 0; i < Rows; i += kStep) {
-    const int to = swizzle<Dim>(first + i % 8, column) + i / 8 * 8 * Dim;  // = swizzle(first + i), in fewer registers
+    const int to = swizzle<Dim>(first + i % 8, column) + i / 8 * 8 * Dim;  // repeats after 8 rows
     DLLM_UNROLL
     for (int m = 0; m < N; ++m) copy_async16(shared[m] + to, global[m] + offset + i * ld, i < left);
   }
@@ -153,10 +153,9 @@ struct WarpPart {
     scores<T, Dim>(s, q, keys);
     if (n_keys < kTileKeys) {
       DLLM_UNROLL
-      for (int j = 0; j < kTileKeys / 8; ++j)
-        DLLM_UNROLL
-        for (int e = 0; e < 4; ++e)
-          if (8 * j + 2 * (lane % 4) + (e & 1) >= n_keys) s[j][e] = -INFINITY;
+      for (int j = 0; j < kTileKeys / 8; ++j) DLLM_UNROLL
+      for (int e = 0; e < 4; ++e)
+        if (8 * j + 2 * (lane % 4) + (e & 1) >= n_keys) s[j][e] = -INFINITY;
     }
     float rescale[2];
     DLLM_UNROLL
@@ -171,24 +170,22 @@ struct WarpPart {
       max[r] = m;
       float tile_sum = 0;
       DLLM_UNROLL
-      for (int j = 0; j < kTileKeys / 8; ++j)
-        DLLM_UNROLL
-        for (int e = 2 * r; e < 2 * r + 2; ++e) {
-          s[j][e] = exp2_fast(fmaf(s[j][e], scale, -m));
-          tile_sum += s[j][e];
-        }
+      for (int j = 0; j < kTileKeys / 8; ++j) DLLM_UNROLL
+      for (int e = 2 * r; e < 2 * r + 2; ++e) {
+        s[j][e] = exp2_fast(fmaf(s[j][e], scale, -m));
+        tile_sum += s[j][e];
+      }
       sum[r] = fmaf(sum[r], rescale[r], tile_sum);
     }
     DLLM_UNROLL
-    for (int n = 0; n < Dim / 8; ++n)
-      DLLM_UNROLL
-      for (int e = 0; e < 4; ++e) output[n][e] *= rescale[e / 2];
+    for (int n = 0; n < Dim / 8; ++n) DLLM_UNROLL
+    for (int e = 0; e < 4; ++e) output[n][e] *= rescale[e / 2];
 
-    // Lane i's address: keys 0..7 and 8..15 of the step, then the same for the next 8 columns.
+    // A lane's address: keys 0..7 and 8..15 of the step, then the same of the next 8 columns.
     const int key = lane & 15, column = lane / 16 * 8;
     DLLM_UNROLL
     for (int i = 0; i < kTileKeys / 16; ++i) {
-      const float(&a)[4] = s[2 * i], (&b)[4] = s[2 * i + 1];
+      const float (&a)[4] = s[2 * i], (&b)[4] = s[2 * i + 1];
       const uint32_t p[4] = {pack<T>(a[0], a[1]), pack<T>(a[2], a[3]), pack<T>(b[0], b[1]), pack<T>(b[2], b[3])};
       DLLM_UNROLL
       for (int n = 0; n < Dim / 8; n += 2) {
@@ -218,9 +215,8 @@ struct WarpPart {
       sum[r] = rows[r](sum[r], part.sum[r]);
     }
     DLLM_UNROLL
-    for (int n = 0; n < Dim / 8; ++n)
-      DLLM_UNROLL
-      for (int e = 0; e < 4; ++e) output[n][e] = rows[e / 2](output[n][e], part.output[n][e]);
+    for (int n = 0; n < Dim / 8; ++n) DLLM_UNROLL
+    for (int e = 0; e < 4; ++e) output[n][e] = rows[e / 2](output[n][e], part.output[n][e]);
   }
 };
 
@@ -250,7 +246,8 @@ DLLM_DEVICE void transpose_quad(uint32_t (&w)[4]) {
 // --- bf16, fp16 -------------------------------------------------------------------------------------------------------
 // Grid: tiles of units, chunks, kv heads. AllChunks: one block for all chunks.
 template <class T, int Dim, int Warps, bool AllChunks>
-DLLM_KERNEL(Warps * 32) attention_tile(AttentionArgs a) {
+DLLM_KERNEL_OCCUPANCY(Warps * 32, 8 / Warps)
+attention_tile(AttentionArgs a) {
   const int32_t group = a.n_heads / a.n_kv, kv = int(blockIdx.z), chunk = int(blockIdx.y);
   const Tile tile = find_tile(a, group, Warps * 16, int(blockIdx.x));
   const int32_t key_begin = chunk * kChunkKeys;
@@ -265,10 +262,14 @@ DLLM_KERNEL(Warps * 32) attention_tile(AttentionArgs a) {
   constexpr int kHeight = Warps * 16, kThreads = Warps * 32, kTile = kTileKeys * Dim;
   DLLM_DYNAMIC_SHARED(T, shared);  // [stage][K, V][kTileKeys][Dim], then q [kHeight][Dim]
   T* const shared_q = shared + 4 * kTile;
-  const auto copy = [&](int32_t i) {
-    T* stage = shared + (i & 1) * 2 * kTile;
-    copy_tiles<Dim, kTileKeys, kThreads, T>({stage, stage + kTile}, {k + size_t(i) * kTile, v + size_t(i) * kTile}, Dim,
-                                            n_keys - i * kTileKeys);
+  int32_t n_copied = 0;
+  const auto copy_next = [&] {  // tile of keys, if there is one
+    if (n_copied < n_tiles) {
+      T* stage = shared + (n_copied & 1) * 2 * kTile;
+      copy_tiles<Dim, kTileKeys, kThreads, T>({stage, stage + kTile}, {k, v}, Dim, n_keys - n_copied * kTileKeys);
+      k += kTile, v += kTile, ++n_copied;
+    }
+    copy_async_commit();
   };
   const int32_t n_units = (tile.rows.end - tile.rows.begin) * group;
   const auto unit = [&](int i) {  // i-th of the tile
@@ -282,10 +283,8 @@ DLLM_KERNEL(Warps * 32) attention_tile(AttentionArgs a) {
     copy_async16(shared_q + swizzle<Dim>(m, column),
                  u.inside ? global_q + size_t(u.row) * a.ldq + u.head * Dim + column : global_q, u.inside);
   }
-  copy(0);
-  copy_async_commit();
-  if (n_tiles > 1) copy(1);
-  copy_async_commit();
+  copy_next();
+  copy_next();
 
   const int warp = threadIdx.x / 32, g = (threadIdx.x & 31) / 4, t = threadIdx.x % 4;
   const bool idle = tile.first + warp * 16 >= n_units;
@@ -306,8 +305,7 @@ DLLM_KERNEL(Warps * 32) attention_tile(AttentionArgs a) {
       }
     }
     __syncthreads();  // the stage is free
-    if (i + 2 < n_tiles) copy(i + 2);
-    copy_async_commit();
+    copy_next();
   }
   if (idle) return;
 
@@ -348,42 +346,39 @@ DLLM_KERNEL(Warps * 32) attention_tile(AttentionArgs a) {
   }
 }
 
-// Merges the parts of the chunks, in order. A thread per (row, head, 8 columns).
+// Merges the parts of the chunks, in order. A thread per (row, head, 4 columns).
 template <class T>
-DLLM_KERNEL(128) attention_combine(AttentionArgs a) {
-  const int32_t pieces = a.head_dim / 8, thread = int(blockIdx.x * 128 + threadIdx.x);
-  const int32_t unit = thread / pieces, column = thread % pieces * 8, row = unit / a.n_heads;
+DLLM_KERNEL(128)
+attention_combine(AttentionArgs a) {
+  const int32_t pieces = a.head_dim / 4, thread = int(blockIdx.x * 128 + threadIdx.x);
+  const int32_t unit = thread / pieces, column = thread % pieces * 4, row = unit / a.n_heads;
   const int32_t sequence = row < a.max_rows ? find_sequence(a, row) : -1;
   if (sequence < 0) return;
   const int32_t n_chunks = ceil_div(a.sequences[sequence].n_keys, kChunkKeys);
+  if (n_chunks == 0) return;
   const Parts parts(a);
-  float max = -INFINITY, sum = 0, output[8] = {};
+  float max = -INFINITY, sum = 0, output[4] = {};
   for (int32_t c = 0; c < n_chunks; ++c) {
     const size_t index = c * parts.units + unit;
     const uint2 bits = cu::load64(parts.max_sum + 2 * index);
     const Merge merge(max, __uint_as_float(bits.x));
     max = merge.max, sum = merge(sum, __uint_as_float(bits.y));
+    float part[4];
+    load_elements<4>(parts.output + index * a.head_dim + column, part);
     DLLM_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      float x[4];
-      load_elements<4>(parts.output + index * a.head_dim + column + 4 * half, x);
-      DLLM_UNROLL
-      for (int i = 0; i < 4; ++i) output[4 * half + i] = merge(output[4 * half + i], x[i]);
-    }
+    for (int i = 0; i < 4; ++i) output[i] = merge(output[i], part[i]);
   }
-  if (n_chunks == 0) return;
   const float inverse = 1.0f / sum;
-  uint32_t words[4];
   DLLM_UNROLL
-  for (int i = 0; i < 4; ++i) words[i] = pack<T>(output[2 * i] * inverse, output[2 * i + 1] * inverse);
-  cu::store128(static_cast<T*>(a.out) + size_t(row) * a.ldo + unit % a.n_heads * a.head_dim + column,
-           make_uint4(words[0], words[1], words[2], words[3]));
+  for (int i = 0; i < 4; ++i) output[i] *= inverse;
+  store_elements<4>(static_cast<T*>(a.out) + size_t(row) * a.ldo + unit % a.n_heads * a.head_dim + column, output);
   if (a.lse && column == 0) a.lse[unit] = log_sum_exp(max, sum);
 }
 
 // A block's rows x 64 keys, heads one after the other. Grid: tiles of rows, tiles of keys.
 template <class T, int Dim, int Height>
-DLLM_KERNEL(128) head_mean_tile(HeadMeanArgs args) {
+DLLM_KERNEL(128)
+head_mean_tile(HeadMeanArgs args) {
   const AttentionArgs& a = args.attention;
   const int32_t group = a.n_heads / a.n_kv, key_begin = int(blockIdx.y) * kTileKeys;
   const Tile tile = find_tile(a, 1, Height, int(blockIdx.x));
@@ -398,8 +393,8 @@ DLLM_KERNEL(128) head_mean_tile(HeadMeanArgs args) {
   const auto copy = [&](int32_t head) {
     const int32_t kv = head / group;
     if (head % group == 0)
-      copy_tiles<Dim, kTileKeys, 128, T>({shared + (kv & 1) * kTileKeys * Dim},
-                                         {k + size_t(kv) * slab.capacity * Dim}, Dim, n_keys);
+      copy_tiles<Dim, kTileKeys, 128, T>({shared + (kv & 1) * kTileKeys * Dim}, {k + size_t(kv) * slab.capacity * Dim},
+                                         Dim, n_keys);
     copy_tiles<Dim, Height, 128, T>({shared_q + (head & 1) * Height * Dim}, {q + head * Dim}, a.ldq,
                                     tile.rows.end - first_row);
   };
@@ -428,22 +423,20 @@ DLLM_KERNEL(128) head_mean_tile(HeadMeanArgs args) {
       scores<T, Dim>(s, shared_q + ((head & 1) * Height + warp_row) * Dim,
                      shared + ((head / group & 1) * kTileKeys + warp_key) * Dim);
       DLLM_UNROLL
-      for (int j = 0; j < kKeys / 8; ++j)
-        DLLM_UNROLL
-        for (int e = 0; e < 4; ++e) mean[j][e] += exp2_fast(fmaf(s[j][e], a.scale * kLog2e, minus_lse[e / 2]));
+      for (int j = 0; j < kKeys / 8; ++j) DLLM_UNROLL
+      for (int e = 0; e < 4; ++e) mean[j][e] += exp2_fast(fmaf(s[j][e], a.scale * kLog2e, minus_lse[e / 2]));
     }
-    __syncthreads();  // the stage is free
+    __syncthreads();  // the head's stage is free
     if (head + 2 < a.n_heads) copy(head + 2);
     copy_async_commit();
   }
   const float inverse = 1.0f / float(a.n_heads);
   DLLM_UNROLL
-  for (int j = 0; j < kKeys / 8; ++j)
-    DLLM_UNROLL
-    for (int e = 0; e < 4; ++e) {
-      const int32_t row = first_row + warp_row + g + e / 2 * 8, key = warp_key + 8 * j + 2 * t + (e & 1);
-      if (row < tile.rows.end && key < n_keys) args.mean[row * args.ld + key_begin + key] = mean[j][e] * inverse;
-    }
+  for (int j = 0; j < kKeys / 8; ++j) DLLM_UNROLL
+  for (int e = 0; e < 4; ++e) {
+    const int32_t row = first_row + warp_row + g + e / 2 * 8, key = warp_key + 8 * j + 2 * t + (e & 1);
+    if (row < tile.rows.end && key < n_keys) args.mean[row * args.ld + key_begin + key] = mean[j][e] * inverse;
+  }
 }
 
 // --- fp32 -------------------------------------------------------------------------------------------------------------
@@ -459,7 +452,7 @@ DLLM_DEVICE float dot(const float* x, const float* y, int32_t n) {
   return sum;
 }
 
-DLLM_KERNEL(128) attention_f32(AttentionArgs a) {
+DLLM_KERNEL_OCCUPANCY(128, 2) attention_f32(AttentionArgs a) {
   DLLM_SHARED(float, all_weights, [4][kChunkKeys]);
   const int32_t lane = threadIdx.x & 31, unit = int(blockIdx.x * 4 + threadIdx.x / 32), row = unit / a.n_heads;
   const int32_t sequence = row < a.max_rows ? find_sequence(a, row) : -1;
@@ -489,14 +482,15 @@ DLLM_KERNEL(128) attention_f32(AttentionArgs a) {
     __syncwarp();
     const Merge merge(max, part_max);
     max = merge.max, sum = merge(sum, part_sum);
-    DLLM_UNROLL
-    for (int i = 0; i < kColumns; ++i) {
-      const int32_t column = lane + 32 * i;
-      float part = 0;
-      if (column >= a.head_dim) continue;
-      for (int32_t j = 0; j < n; ++j) part = fmaf(weights[j], v[size_t(j) * a.head_dim + column], part);
-      output[i] = merge(output[i], part);
+    float part[kColumns] = {};
+    for (int32_t j = 0; j < n; ++j) {
+      const float* v_row = v + size_t(j) * a.head_dim + lane;
+      DLLM_UNROLL
+      for (int i = 0; i < kColumns; ++i)
+        if (lane + 32 * i < a.head_dim) part[i] = fmaf(weights[j], v_row[32 * i], part[i]);
     }
+    DLLM_UNROLL
+    for (int i = 0; i < kColumns; ++i) output[i] = merge(output[i], part[i]);
     __syncwarp();  // before the next chunk's weights
   }
   if (n_keys == 0) return;
@@ -555,7 +549,7 @@ template <class T>
 void attention_16bit(Stream stream, Chunks chunks, const AttentionArgs& a) {
   a.head_dim == 64 ? launch_attention<T, 64>(stream, chunks, a) : launch_attention<T, 128>(stream, chunks, a);
   if (chunks == Chunks::Split)
-    launch(stream, "attention_combine", attention_combine<T>, ceil_div(a.max_rows * a.n_heads * (a.head_dim / 8), 128),
+    launch(stream, "attention_combine", attention_combine<T>, ceil_div(a.max_rows * a.n_heads * (a.head_dim / 4), 128),
            128, 0, a);
 }
 
@@ -568,7 +562,8 @@ void launch_head_mean(Stream stream, const HeadMeanArgs& args) {
            2 * (kTileKeys + height) * Dim * sizeof(T), args);
   };
   const int32_t rows = ceil_div(a.max_rows, a.n_sequences);
-  if (rows > 16 && ceil_div(rows, 32) * a.n_sequences * key_tiles >= kFill) return start(head_mean_tile<T, Dim, 32>, 32);
+  if (rows > 16 && ceil_div(rows, 32) * a.n_sequences * key_tiles >= kFill)
+    return start(head_mean_tile<T, Dim, 32>, 32);
   start(head_mean_tile<T, Dim, 16>, 16);
 }
 
@@ -579,7 +574,8 @@ void head_mean_16bit(Stream stream, const HeadMeanArgs& args) {
 
 // Whether there is anything to do.
 bool check(DType type, const AttentionArgs& a) {
-  const bool known = type == DType::F32 ? a.head_dim % 8 == 0 && a.head_dim <= 256 : a.head_dim == 64 || a.head_dim == 128;
+  const bool known =
+      type == DType::F32 ? a.head_dim % 8 == 0 && a.head_dim <= 256 : a.head_dim == 64 || a.head_dim == 128;
   if (!known) fail<ConfigError>("CUDA attention has no kernel for head_dim ", a.head_dim, " in ", name_of(type));
   return a.max_rows > 0 && a.max_keys > 0 && a.n_sequences > 0;
 }

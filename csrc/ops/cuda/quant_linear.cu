@@ -1,4 +1,28 @@
-// HEADER
+// W8A16 and W4A16 for up to 64 rows, which the weights' bytes should bound: they are read once, in 16-byte pieces that
+// lie in the order in which the lanes of a warp multiply them (quant_linear_impl.h).
+//
+// A block has eight warps: kParts = 4 divide K, two divide the features, Tiles x 16 to a warp. In a step of 256 terms
+// each part has a group of 64. Stages of [rows x 256 activations][weights of each warp] fill through cp.async, 2 to 4
+// of them in up to 99 KiB; one barrier per step. Weights are A of the mma (16 features), activations B (8 rows). Parts
+// are added in order at the end. Neither the number of rows nor Tiles changes what a sum adds, or when.
+//
+// Moved per launch: n k bytes of weights (I4: 17/32 of that) and 4 n of scales (I8) from DRAM; rows k 2 of activations
+// per block, all but the first from L2; rows n 4 of output. Per byte of weights L2 gives rows / (16 Tiles) bytes of
+// activations (I8), or rows / (8.5 Tiles) (I4), which is why launch_16_bit takes as many tiles as leave enough blocks.
+//
+// On paper only, not measured: an H100 (3.35 TB/s, 132 multiprocessors at 1.7 GHz) delivers 14.9 bytes per clock to
+// each multiprocessor: 14.9 weights in I8, 28.1 in I4. It issues 128 lanes' instructions per clock, 64 of them to the
+// integer units (LOP3, PRMT, SHF, IADD3, compares). Instructions of the main loop for sm_90, counted in the SASS (all
+// warps work):
+//                     per weight   integer   share of issue   share of integer units
+//   I8   8 rows, 2 tiles    2.3      1.0          27 %              23 %
+//   I8  32 rows, 4 tiles    2.5      0.9          29 %              21 %
+//   I4   8 rows, 1 tile     4.7      2.4         104 %             105 %
+//   I4   8 rows, 2 tiles    3.6      2.1          79 %              92 %
+//   I4  32 rows, 4 tiles    4.2      2.0          92 %              88 %
+//   I4  64 rows, 2 tiles    6.4      2.6         141 %             115 %
+// So I8 leaves room, I4 is just about balanced, and beyond 32 rows I4 is bound by instructions (and by mma.sync: 64
+// rows are 1800 of at most 2048 products per clock), not by DRAM. At 32 rows L2 gives I4 about as many bytes as DRAM.
 #include "ops/cuda/quant_linear.h"
 
 #include <algorithm>
@@ -17,9 +41,9 @@ constexpr int kParts = 4;  // warps that share a tile's features and divide K: p
 constexpr int kStepTerms = kParts * kGroup;
 constexpr int kMaxShared = 99 * 1024;
 
-// --- Weights in registers ---------------------------------------------------------------------------------------------
-// Constants that the compiler can see would be loaded anew for every permute (seen in the SASS). So lane i offers word i, and
-// shuffles hand the words round: their results stay in registers.
+// --- Weights in registers --------------------------------------------------------------------------------------------
+// Constants that the compiler can see would be loaded anew for every permute (seen in the SASS). So lane i offers word
+// i, and shuffles hand the words round: their results stay in registers.
 struct TableRegisters {
   uint32_t upper[2], change[2];
 };
@@ -39,8 +63,9 @@ DLLM_DEVICE void look_up(uint32_t codes, const TableRegisters& t, uint32_t& low,
   high = permute_bytes(t.upper[0], t.upper[1], in_half >> 16) ^ permute_bytes(t.change[0], t.change[1], codes >> 16);
 }
 
-// A byte u in 0..255 in the low half of 16 bits is u * 2^-133 in bf16 and u * 2^-24 in fp16: the bit patterns up to there
-// are evenly spaced, subnormals and the first normal numbers alike. One fma makes of it (u - 128) / kUnit, exactly.
+// A byte u in 0..255 in the low half of 16 bits is u * 2^-133 in bf16 and u * 2^-24 in fp16: the bit patterns up to
+// there are evenly spaced, subnormals and the first normal numbers alike. One fma makes of it (u - 128) / kUnit,
+// exactly (PTX: without .ftz, fma.f16x2 and fma.bf16x2 support subnormals).
 template <class T>
 struct Bytes {
   static constexpr bool kIsBf16 = std::is_same_v<T, bf16>;
@@ -56,7 +81,7 @@ DLLM_DEVICE void convert(uint32_t bytes, uint32_t& feature_g, uint32_t& feature_
   feature_g8 = fma_pairs<T>(permute_bytes(bytes, 0, 0x4341), Bytes<T>::kFactor, Bytes<T>::kOffset);
 }
 
-// --- 16-bit activations -----------------------------------------------------------------------------------------------
+// --- 16-bit activations ----------------------------------------------------------------------------------------------
 template <WeightFormat Format, int Rows, int Tiles>
 struct Shape {
   static constexpr int kFeatures = kThreads / 32 / kParts * Tiles * kTileFeatures;  // of a block
@@ -71,7 +96,8 @@ struct Shape {
   static_assert(kStages >= 2 && kSharedBytes <= kMaxShared);
 };
 
-// Adds one group of 64 terms to acc[tile][rows / 8]. `activations` is the group's part of the rows, [Rows] of kStepTerms.
+// Adds one group of 64 terms to acc[tile][rows / 8]. `activations` is the group's part of the rows, [Rows] of
+// kStepTerms.
 template <class T, WeightFormat Format, int Rows, int Tiles>
 DLLM_DEVICE void multiply_group(const unsigned char* activations, const unsigned char* weights, int lane,
                                 const TableRegisters& table, float (&acc)[Tiles][Rows / 8][4]) {
@@ -163,9 +189,9 @@ quant_linear_kernel(QuantLinearArgs a) {
   const int64_t first_tile = first_feature / kTileFeatures + tile_in_block;
   const int tiles = int(min(a.n / kTileFeatures - first_tile, int64_t(Tiles)));  // of the warp's that exist
 
-  // What this thread copies next, from and to: its weights, and 16 bytes of rows warp, warp + 8 ..; a warp copies 512 bytes
-  // of a row. Odd rows swap the halves of 128 bytes: then the eight lanes that a shared-memory access serves at once in
-  // load_b, 4 x 16 bytes of two rows, meet all banks.
+  // What this thread copies next, from and to: its weights, and 16 bytes of rows warp, warp + 8 ..; a warp copies 512
+  // bytes of a row. Odd rows swap the halves of 128 bytes: then the eight lanes that a shared-memory access serves at
+  // once in load_b, 4 x 16 bytes of two rows, meet all banks.
   const unsigned char* next_weights =
       static_cast<const unsigned char*>(a.weights) + (first_tile * groups + part) * kTileBytes<Format> + lane * 16;
   const int64_t tile_stride = int64_t(groups) * kTileBytes<Format>;
@@ -246,7 +272,7 @@ quant_linear_kernel(QuantLinearArgs a) {
   }
 }
 
-// --- fp32 activations -------------------------------------------------------------------------------------------------
+// --- fp32 activations ------------------------------------------------------------------------------------------------
 constexpr int kRowsF32 = 8;  // of a block
 
 template <WeightFormat Format>
@@ -320,7 +346,7 @@ quant_linear_f32_kernel(QuantLinearArgs a) {
   store_sum(a, first_row + row, int64_t(blockIdx.x) * kTileFeatures + feature, sum);
 }
 
-// --- Launches ---------------------------------------------------------------------------------------------------------
+// --- Launches --------------------------------------------------------------------------------------------------------
 template <class T, WeightFormat Format, int Rows, int Tiles>
 void launch_tiles(Stream stream, const QuantLinearArgs& a) {
   using S = Shape<Format, Rows, Tiles>;
@@ -329,7 +355,8 @@ void launch_tiles(Stream stream, const QuantLinearArgs& a) {
          S::kSharedBytes, a);
 }
 
-// Tiles of a warp: Small or twice as many, the latter where that leaves `enough` blocks. Sums are the same.
+// Tiles of a warp: Small or twice as many, the latter where that leaves `enough` blocks. For 8 rows that is two per
+// multiprocessor of an H100; more rows are bound by L2, and there fewer activations outweigh idle multiprocessors.
 template <class T, WeightFormat Format, int Rows, int Small>
 void launch_rows(Stream stream, const QuantLinearArgs& a, int enough) {
   if (a.n >= int64_t(enough) * Shape<Format, Rows, 2 * Small>::kFeatures)

@@ -161,6 +161,10 @@ row_stats_tile_kernel(RowStatsArgs a) {
   const int threads = int(blockDim.x), warps = threads / 32, width = threads * kElements;  // of a part
   const int thread = int(threadIdx.x), warp = thread / 32, lane = thread % 32, rows = *a.n_rows;
   const bool sampling = a.params.noise_scale > 0;
+  // For sampling, every thread keeps its logits, and those with noise, kElements of each: only it looks at them, so that
+  // there is no barrier, and no bank conflict. (In registers they would be too many beside what a draw needs.)
+  DLLM_DYNAMIC_SHARED(float, kept);
+  float *own = kept + thread, *own_noisy = own + width;
   const bool aligned = a.ld % 4 == 0 && reinterpret_cast<uintptr_t>(a.logits) % 16 == 0;  // else a logit at a time
   const auto column = [&](int base, int e) { return base + (e / 4 * threads + thread) * 4 + e % 4; };
 
@@ -224,25 +228,29 @@ row_stats_tile_kernel(RowStatsArgs a) {
 
         const bool draws = sampling && best.first != 0;
         NoiseKey key{};
-        float noisy[kElements], best_noisy = -kInfinity, slack = 0;
+        float best_noisy = -kInfinity, slack = 0;
         if (draws) {
           // The best id's logit + noise is above `reached`; so is the winner's, which is therefore within 41 noise_scale
           // of the highest logit, and its error in fp32 below 1e-4 noise_scale + 1e-6 |highest|. `slack` is four times that.
           key = a.keys[r];
           const double scale = a.params.noise_scale, top = double(logit_of(best.first));
           const double before = fresh || a.state[r].stats.sampled_id < 0 ? -double(kInfinity) : a.state[r].best_noisy;
-          const double own = top + kMinGumbel * scale, reached = before > own ? before : own;
-          slack = float(5e-4 * scale + 4e-6 * (fabs(top) + (before > own ? fabs(before) : 0.0)));
+          const double lowest = top + kMinGumbel * scale, reached = before > lowest ? before : lowest;
+          slack = float(5e-4 * scale + 4e-6 * (fabs(top) + (before > lowest ? fabs(before) : 0.0)));
           const float least = float(reached - kMaxGumbel * scale) - slack;
           best_noisy = float(before);
           DLLM_UNROLL
+          for (int e = 0; e < kElements; ++e)
+            own[e * threads] = a.first_id + column(base, e) == a.params.mask_id ? -kInfinity : x[e];
           for (int e = 0; e < kElements; ++e) {
-            const int32_t id = a.first_id + column(base, e);
-            noisy[e] = -kInfinity;
-            if (!(x[e] > -kInfinity) || x[e] < least || id == a.params.mask_id) continue;
-            const double u = philox_uniform(key, uint32_t(id), NoiseStream::Token);
-            noisy[e] = x[e] + float(scale) * approximate_gumbel(u);
-            best_noisy = noisy[e] > best_noisy ? noisy[e] : best_noisy;
+            const float logit = own[e * threads];
+            float noisy = -kInfinity;
+            if (logit > -kInfinity && !(logit < least)) {
+              const double u = philox_uniform(key, uint32_t(a.first_id + column(base, e)), NoiseStream::Token);
+              noisy = logit + float(scale) * approximate_gumbel(u);
+              best_noisy = noisy > best_noisy ? noisy : best_noisy;
+            }
+            own_noisy[e * threads] = noisy;
           }
           best_noisy = max_warp(best_noisy);
         }
@@ -259,12 +267,12 @@ row_stats_tile_kernel(RowStatsArgs a) {
         if (draws) {
           const float least = max_warp(lane < warps ? warp_noisy[lane] : -kInfinity) - slack;
           Sample sample{0.0, -1, 0.0f};
-          DLLM_UNROLL
           for (int e = 0; e < kElements; ++e) {
+            const float logit = own[e * threads];
+            if (own_noisy[e * threads] < least || !(logit > -kInfinity)) continue;
             const int32_t id = a.first_id + column(base, e);
-            if (noisy[e] < least || !(x[e] > -kInfinity) || id == a.params.mask_id) continue;
             const double noise = gumbel(philox_uniform(key, uint32_t(id), NoiseStream::Token));
-            sample.offer({double(x[e]) + a.params.noise_scale * noise, id, x[e]});
+            sample.offer({double(logit) + a.params.noise_scale * noise, id, logit});
           }
           sample = best_of_warp(sample);
           if (lane == 0) warp_sample[warp] = sample;
@@ -293,7 +301,8 @@ void row_stats_tile(Stream stream, const RowStatsArgs& a) {
   const dim3 blocks(unsigned(min(a.capacity, kMaxBlocks)));
   const int warps = (a.n + 32 * kElements - 1) / (32 * kElements);
   const dim3 threads(unsigned(32 * max(1, min(warps, kMaxWarps))));
-  launch(stream, "row_stats_tile", row_stats_tile_kernel, blocks, threads, 0, a);
+  const size_t kept = threads.x * 2 * kElements * sizeof(float);
+  launch(stream, "row_stats_tile", row_stats_tile_kernel, blocks, threads, kept, a);
 }
 
 }  // namespace dllm::ops::cuda
