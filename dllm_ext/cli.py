@@ -36,7 +36,7 @@ DType = Annotated[str, typer.Option("--dtype", help="auto, float32 or bfloat16."
 Quantization = Annotated[
     str | None, typer.Option(help="int8 or int4: quantise the linear layers. Default: as the checkpoint has them.")
 ]
-Device = Annotated[str, typer.Option(help="auto or cpu.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Watch = Annotated[bool, typer.Option("--watch", help="Show the canvas filling in, coloured by step (in a terminal).")]
 

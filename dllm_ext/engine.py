@@ -8,7 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from . import _C
+import torch
+
+from . import _C, _build_info
 from .checks import check_bool, check_int
 from .config import GenerationConfig, native_fields
 from .errors import ConfigError, InputError
@@ -103,8 +105,8 @@ class Engine:
         folder: Where its files are (Path).
         spec: Its shape and special ids (family, vocab_size, d_model, n_layers, n_heads, n_kv_heads, head_dim,
             mlp_hidden, max_positions, mask_id, eos_id, stop_ids, logit_shift).
-        device: "cpu".
-        dtype: "float32" or "bfloat16".
+        device: "cpu" or "cuda".
+        dtype: "float32", "bfloat16", or on CUDA "float16".
         quantization: None, "int8" or "int4".
         weight_bytes: Bytes of its weights in memory; an embedding table that stays in its mapped file does not count.
     """
@@ -114,7 +116,7 @@ class Engine:
         self._native = native
         self.folder = folder
         self.spec = native.spec
-        self.device = "cpu"
+        self.device = native.device
         self.dtype = native.dtype
         self.quantization = native.quantization
         self.weight_bytes = native.weight_bytes
@@ -132,9 +134,11 @@ class Engine:
 
         path_or_repo: "mini-llada" (bundled, 3 million parameters, for trying things out), a folder with config.json
             and safetensors, or a Hugging Face id (downloaded once; never runs code, never unpickles).
-        device: "auto" or "cpu".
-        dtype: "float32", "bfloat16", or "auto": bfloat16 where the weights are stored in it and the CPU multiplies in
-            it (AVX-512-BF16), else float32, which is exact but takes twice the memory.
+        device: "cpu", "cuda" (torch's current CUDA device), or "auto": cuda where this build has CUDA and torch sees a
+            GPU, else cpu. The CUDA code has never run on a GPU yet: it was verified in an emulator (docs/cuda.md).
+        dtype: "float32", "bfloat16", "float16" (CUDA only), or "auto": bfloat16 where the weights are stored in it and
+            the device multiplies in it (a CPU with AVX-512-BF16, any GPU), else float32, which is exact but takes twice
+            the memory.
         quantization: "int8" (W8A8: 8-bit weights, one scale per output channel), "int4" (W4A8: 4.25 bits per weight,
             one scale per 64 of a row; the LM head in 8 bits), or None: as the checkpoint is. Activations are quantised
             row by row to 8 bits before each linear layer; attention, norms and the KV cache keep `dtype`. A checkpoint
@@ -143,17 +147,17 @@ class Engine:
 
         Raises ConfigError for a wrong argument, CheckpointError for a model that cannot be loaded, OutOfMemoryError.
         """
-        if str(device) not in ("auto", "cpu"):
-            raise ConfigError(f'device = "{device}" is not allowed: this version runs on "cpu" (or "auto") only')
+        device = _resolve_device(device)
         if quantization not in (None, "int8", "int4"):
             raise ConfigError(f'quantization = {quantization!r} is not allowed: it must be None, "int8" or "int4"')
         name = str(dtype).removeprefix("torch.")
-        if name not in ("auto", "float32", "bfloat16"):
-            raise ConfigError(f'dtype = {dtype!r} is not allowed: it must be "auto", "float32" or "bfloat16"')
+        if name not in ("auto", *_DTYPES[device]):
+            allowed = ", ".join(f'"{d}"' for d in _DTYPES[device])
+            raise ConfigError(f'dtype = {dtype!r} is not allowed on device "{device}": it must be "auto", {allowed}')
         folder = model_folder(path_or_repo, revision)
         with progress_bar(f"loading {folder.name}") as progress:
-            dtype = _auto_dtype(folder) if name == "auto" else name
-            native = _C.Engine(os.fsencode(folder), dtype, quantization, progress)
+            dtype = _auto_dtype(folder, device) if name == "auto" else name
+            native = _C.Engine(os.fsencode(folder), dtype, quantization, progress, device)
         return cls(native, folder)
 
     def __repr__(self):
@@ -290,10 +294,27 @@ def _as_list(prompt):
     return (list(prompt), False) if several else ([prompt], True)
 
 
-def _auto_dtype(folder):
+_DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("float32", "bfloat16", "float16")}
+
+
+def _resolve_device(device):
+    name = str(device)
+    if name not in ("auto", "cpu", "cuda"):
+        raise ConfigError(
+            f'device = "{device}" is not allowed: it must be "auto", "cpu" or "cuda" '
+            "(which is torch's current CUDA device: torch.cuda.set_device or CUDA_VISIBLE_DEVICES choose it)"
+        )
+    if name == "auto":
+        return "cuda" if _build_info.CUDA and torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not _build_info.CUDA:
+        raise ConfigError(f'device = "cuda" is not available: CUDA was {_build_info.CUDA_REASON}; use "cpu" or "auto"')
+    return name
+
+
+def _auto_dtype(folder, device):
     from safetensors import SafetensorError, safe_open
 
-    if "bf16" not in _C.info()["isa"]:
+    if device == "cpu" and "bf16" not in _C.info()["isa"]:
         return "float32"
     for file in sorted(folder.glob("model*.safetensors"))[:1]:
         try:

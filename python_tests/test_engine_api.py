@@ -90,7 +90,7 @@ def test_torch_device_and_dtype(folder):
 
 @pytest.mark.parametrize("dtype", ["float16", "int8", "bf16", "", None, torch.float64], ids=str)
 def test_other_dtypes(folder, dtype):
-    with pytest.raises(ConfigError, match=r'dtype = .*"auto", "float32" or "bfloat16"'):
+    with pytest.raises(ConfigError, match=r'dtype = .*"auto", "float32", "bfloat16"'):
         Engine.from_pretrained(folder, dtype=dtype)
 
 

@@ -19,6 +19,9 @@ void bind_ops(py::module_& m);  // ops.cpp
 void bind_quantize(py::module_& m);  // quantize.cpp
 void bind_decode(py::module_& m);  // decode.cpp
 void bind_measure(py::module_& m);  // measure.cpp
+#ifdef DLLM_CUDA_OPS
+void bind_cuda_ops(py::module_& m);  // cuda/cuda_ops.cpp
+#endif
 #ifdef DLLM_EMULATED
 void bind_emulator(py::module_& m);  // cuda_emulator/bindings/emulator.cpp
 #endif
@@ -241,6 +244,10 @@ PYBIND11_MODULE(DLLM_MODULE, m) {
   bind_measure(ops);
   py::module_ decode = m.def_submodule("decode", "Schedules, transfer rules and bitmaps, for tests.");
   bind_decode(decode);
+#ifdef DLLM_CUDA_OPS
+  py::module_ cuda = m.def_submodule("cuda", "Single kernels of the CUDA device on numpy arrays, for tests.");
+  bind_cuda_ops(cuda);
+#endif
 #ifdef DLLM_EMULATED
   py::module_ emulator = m.def_submodule("emulator", "Settings and counters of the emulated device.");
   bind_emulator(emulator);

@@ -57,7 +57,7 @@ struct EmulatorError : Error {
 };
 
 enum class Order { Fifo, Lifo, Random };  // of the threads that can run, and of the blocks
-enum class CopyAsync { Late, Early };     // when a cp.async lands: at the wait, or at once
+enum class CopyAsync { Late, Early };  // when a cp.async lands: at the wait, or at once
 struct Config {
   Order order = Order::Fifo;
   uint64_t seed = 1;
@@ -106,7 +106,19 @@ void copy_async_wait(int groups_left);
 
 // Every lane of `mask` posts n <= 64 bytes and waits for the others; gives 32 slots of 64 bytes, and in `posted` the lanes
 // that did post. Followed by exchange_done(). `kind` tells different warp operations apart.
-enum class WarpOp { Barrier, Shuffle, ShuffleXor, ShuffleDown, ShuffleUp, Vote, Match, Reduce, Mma, LoadMatrix, LoadMatrixTransposed };
+enum class WarpOp {
+  Barrier,
+  Shuffle,
+  ShuffleXor,
+  ShuffleDown,
+  ShuffleUp,
+  Vote,
+  Match,
+  Reduce,
+  Mma,
+  LoadMatrix,
+  LoadMatrixTransposed
+};
 const unsigned char* exchange(unsigned mask, const void* in, size_t n, WarpOp kind, const char* file, int line,
                               unsigned* posted);
 void exchange_done();

@@ -173,7 +173,7 @@ DLLM_DEVICE Refresh refresh_of(const PlanArgs& a, const SequenceState& q) {
 }
 
 template <CacheKind kCache>
-DLLM_KERNEL(kThreads)
+DLLM_KERNEL_OCCUPANCY(kThreads, 1)
 plan_kernel(PlanArgs a) {
   DLLM_SHARED(SelectScratch, scratch, );
   DLLM_SHARED(double, sums, [32]);
@@ -240,7 +240,7 @@ plan_kernel(PlanArgs a) {
   }
 }
 
-DLLM_KERNEL(kPackThreads)
+DLLM_KERNEL_OCCUPANCY(kPackThreads, 1)
 pack_kernel(PackArgs p) {
   DLLM_SHARED(SelectScratch, scratch, );
   const PlanArgs& a = p.plan;

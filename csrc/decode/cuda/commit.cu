@@ -25,7 +25,7 @@ DLLM_DEVICE void rank_falling(const double* key, int n, int32_t* order) {
   }
 }
 
-DLLM_KERNEL(kThreads)
+DLLM_KERNEL_OCCUPANCY(kThreads, 1)
 commit_kernel(CommitArgs a) {
   DLLM_SHARED(SelectScratch, scratch, );
   DLLM_SHARED(int, count, [1]);

@@ -50,11 +50,14 @@ DLLM_DEVICE int count_before(bool flag, int& total, SelectScratch& s) {
   const unsigned votes = __ballot_sync(cu::kAllLanes, flag);
   if (lane == 0) s.totals[warp] = __popc(votes);
   __syncthreads();
-  const int count = lane < kThreads / 32 ? s.totals[lane] : 0;
+  int before = __popc(votes & ((1u << lane) - 1));
+  total = 0;
+  for (unsigned w = 0; w < kThreads / 32; ++w) {
+    if (w < warp) before += s.totals[w];
+    total += s.totals[w];
+  }
   __syncthreads();  // totals may be written again
-  const auto add = [](int a, int b) { return a + b; };
-  total = cu::reduce_warp(count, add);
-  return cu::reduce_warp(lane < warp ? count : 0, add) + __popc(votes & ((1u << lane) - 1));
+  return before;
 }
 
 // Chosen are the keys above `key`, and the first `ties` of those equal to it.

@@ -1,0 +1,294 @@
+"""Rung 3: the whole engine on the emulated CUDA device, graph capture and replay included, against the CPU.
+
+In fp32 the tokens are equal, and so are the steps that committed them and the rows that every step computed. The emulated
+stream is lazy by default: work runs as late as the host lets it, so a result that is read too early shows.
+"""
+
+import functools
+import itertools
+
+import models
+import numpy as np
+import pytest
+from emulated_engine import Pair, facts, load_module
+
+from dllm_ext import D2Cache, DLLMCache, DualCache, PrefixCache
+from dllm_ext.errors import Interrupted, NumericalError
+
+module = load_module()
+PROMPTS = [[5, 9, 13, 2, 7], [3, 4, 8]]
+SHORT = {"gen_length": 16, "block_length": 8, "stop_at_eos": False}
+
+CACHES = {
+    "none": "none",
+    "prefix": PrefixCache(),
+    "dual": DualCache(),
+    "dllm": DLLMCache(kp=6, kr=3, rou=0.3),
+    "dllm_no_verify": DLLMCache(kp=4, kr=2, rou=0.0),
+    "dllm_never_always": DLLMCache(kp=5, kr=2, rou=0.5, always_refresh_layers=[]),
+    "d2": D2Cache(current_k=6, sigma=4.0, rollout_p=0.3),
+    "d2_wide": D2Cache(current_k=3, sigma=10.0, rollout_p=0.05, inflate_w=0),
+}
+# Run by the loop on the device.
+DECODERS = {
+    "threshold": {"threshold": 0.5},
+    "count": {"num_transfer_tokens": 3},
+    "steps": {"steps": 8},
+    "dream_steps": {"steps": 8, "schedule": "dream"},
+    "factor": {"factor": 0.9},
+    "entropy_bound": {"gamma": 1.5},
+    "margin": {"threshold": 0.4, "remasking": "topk_margin"},
+    "entropy": {"num_transfer_tokens": 2, "remasking": "entropy"},
+    "random": {"num_transfer_tokens": 2, "remasking": "random", "seed": 7},
+    "origin": {"steps": 8, "schedule": "dream", "remasking": "origin", "seed": 5},
+    "sampled": {"threshold": 0.3, "temperature": 0.8, "seed": 3},
+    "sampled_dream": {"steps": 8, "schedule": "dream", "temperature": 0.6, "alg_temp": 0.5, "seed": 11},
+    "prior": {"num_transfer_tokens": 2, "sigma": 5.0},
+    "decay": {"num_transfer_tokens": 2, "position_decay": 0.2},
+    "autoregressive": {"threshold": 0.3, "autoregressive": True},
+    "eos": {"threshold": 0.3, "stop_at_eos": True, "confidence_eos_eot_inf": True},
+    "no_eos": {"threshold": 0.3, "logits_eos_inf": True},
+}
+# The host chooses: whole rows of logits, or the quirks of released code.
+HOST_DECODERS = {
+    "guidance": {"threshold": 0.5, "cfg_scale": 1.0},
+    "top_p": {"num_transfer_tokens": 2, "temperature": 1.0, "top_p": 0.8, "seed": 1},
+    "top_k": {"threshold": 0.3, "temperature": 1.0, "top_k": 5, "seed": 2},
+    "klass": {"threshold": 0.3, "kl_threshold": 0.1},
+    "quirks": {"num_transfer_tokens": 2, "reference_quirks": True},
+}
+
+
+@pytest.fixture(autouse=True)
+def schedule():
+    module.emulator.configure()
+    yield
+    module.emulator.configure()
+
+
+@pytest.fixture(scope="module")
+def pair_of(tmp_path_factory):
+    @functools.cache
+    def make(family, dtype="float32", quantization=None, **changes):
+        folder = models.write_model(tmp_path_factory.mktemp(family), family, **changes)
+        return Pair(module, folder, dtype, quantization)
+
+    return make
+
+
+def agree(results):
+    cpu, cuda = results
+    assert [facts(r) for r in cuda] == [facts(r) for r in cpu]
+    return cuda
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_device_loop(pair_of, family, cache, decoder):
+    agree(pair_of(family).generate(PROMPTS, cache=CACHES[cache], **(SHORT | DECODERS[decoder])))
+
+
+@pytest.mark.parametrize("decoder", HOST_DECODERS)
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual", "dllm", "d2"])
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_host_loop(pair_of, family, cache, decoder):
+    settings = SHORT | HOST_DECODERS[decoder]
+    if decoder == "klass" and cache == "d2":
+        pytest.skip("the CPU does not allow it either")
+    agree(pair_of(family).generate(PROMPTS, cache=cache, batch_size=1 if decoder == "quirks" else 8, **settings))
+
+
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual", "dllm", "d2"])
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_infill_and_ragged_batches(pair_of, family, cache):
+    """More prompts than places, of very different lengths, with positions to fill inside; one place at a time is the same."""
+    pair = pair_of(family)
+    mask = pair.cpu.spec.mask_id
+    prompts = [[5, mask, 13, mask, mask, 7, 8], [3], list(range(20, 60)), [4, 4, mask, 9, 2]]
+    settings = {"gen_length": 12, "block_length": 5, "threshold": 0.4, "cache": cache, "stop_at_eos": True}
+    together = agree(pair.generate(prompts, batch_size=3, infill=True, **settings))
+    alone = pair.cuda.generate(prompts, True, *_native(settings), 1)
+    assert [r.token_ids for r in alone] == [r.token_ids for r in together]
+
+
+def _native(settings):
+    from dllm_ext import GenerationConfig
+    from dllm_ext.config import native_fields
+
+    return (native_fields(GenerationConfig(**settings)),)
+
+
+@pytest.mark.parametrize(
+    ("order", "copies", "queue"), list(itertools.product(["fifo", "lifo", "random"], ["late", "early"], ["lazy", "eager"]))
+)
+def test_schedules(pair_of, order, copies, queue):
+    """Neither the order of threads nor when copies land nor when the stream runs changes a result."""
+    pair = pair_of("dream")
+    module.emulator.configure(order=order, seed=3, copies=copies, queue=queue)
+    for cache in ("dual", "dllm", "d2"):
+        agree(pair.generate(PROMPTS, cache=cache, **(SHORT | {"threshold": 0.5, "gen_length": 8, "block_length": 4})))
+
+
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual", "dllm", "d2"])
+def test_graphs_change_nothing(pair_of, monkeypatch, tmp_path, cache):
+    """DLLM_CUDA_GRAPHS=0 launches every step anew."""
+    with_graphs = pair_of("llada")
+    settings = SHORT | {"threshold": 0.5, "cache": cache}
+    a = agree(with_graphs.generate(PROMPTS, **settings))
+    counts = module.emulator.counters()
+    monkeypatch.setenv("DLLM_CUDA_GRAPHS", "0")
+    without = Pair(module, models.write_model(tmp_path / "model", "llada"))
+    b = agree(without.generate(PROMPTS, **settings))
+    assert module.emulator.counters()["graph_launches"] == 0
+    assert [facts(r) for r in a] == [facts(r) for r in b]
+    assert counts["graph_launches"] >= 0
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
+def test_16_bit_and_quantised(pair_of, dtype, quantization):
+    """No token parity with the CPU is promised here; the pipeline runs, in two schedules with the same bits."""
+    shape = {"d_model": 128, "n_heads": 2, "n_kv_heads": 2, "mlp_hidden_size": 192, "vocab_size": 304, "embedding_size": 304}
+    folder_pair = _Cuda(pair_of, dtype, quantization, shape)
+    results = []
+    for order in ("fifo", "random"):
+        module.emulator.configure(order=order, seed=9)
+        results.append(folder_pair.generate(cache="d2", **(SHORT | {"gen_length": 8, "threshold": 0.5})))
+    assert results[0] == results[1]
+
+
+class _Cuda:
+    """An engine on the emulated device alone: the CPU has no float16."""
+
+    def __init__(self, pair_of, dtype, quantization, shape):
+        import tempfile
+
+        folder = models.write_model(tempfile.mkdtemp(), "llada", **shape)
+        self.engine = module.Engine(str(folder), dtype, quantization, None, "cuda")
+
+    def generate(self, **settings):
+        return [facts(r) for r in self.engine.generate(PROMPTS, False, *_native(settings), 8)]
+
+
+def test_quantised_fp32_equals_the_dequantised_weights(tmp_path):
+    """W8 and W4 against fp32 activations on the device: the tokens of the CPU with the same weights, written out in fp32."""
+    pytest.importorskip("safetensors")
+    from safetensors.torch import load_file, save_file
+    from reference import quantized
+
+    shape = {"d_model": 64, "n_heads": 2, "n_kv_heads": 2, "mlp_hidden_size": 128, "vocab_size": 304, "embedding_size": 304}
+    folder = models.write_model(tmp_path / "model", "llada", **shape)
+    for name in ("int8", "int4"):
+        engine = module.Engine(str(folder), "float32", name, None, "cuda")
+        plain = tmp_path / name
+        plain.mkdir()
+        (plain / "config.json").write_text((folder / "config.json").read_text())
+        weights = load_file(folder / "model.safetensors")
+        save_file(quantized.dequantized(weights, name), plain / "model.safetensors")
+        twin = Pair(module, plain)
+        for cache in ("none", "dual", "dllm", "d2"):
+            settings = SHORT | {"threshold": 0.5, "cache": cache}
+            expected, _ = twin.generate(PROMPTS, **settings)
+            got = engine.generate(PROMPTS, False, *_native(settings), 8)
+            assert [facts(r) for r in got] == [facts(r) for r in expected], (name, cache)
+
+
+def test_stopping_from_a_callback(pair_of):
+    pair = pair_of("llada")
+    fields = _native(SHORT | {"num_transfer_tokens": 1, "cache": "dual"})
+    with pytest.raises(Interrupted, match="on_step"):
+        pair.cuda.generate(PROMPTS, False, *fields, 8, lambda event: event.step < 3)
+    agree(pair.generate(PROMPTS, **SHORT))  # the engine can be used again
+
+
+def test_events_are_those_of_the_cpu(pair_of):
+    pair = pair_of("dream")
+    fields = _native(SHORT | {"threshold": 0.5, "cache": "d2"})
+    logs = []
+    for engine in (pair.cpu, pair.cuda):
+        log = []
+        engine.generate(PROMPTS, False, *fields, 1, lambda e, log=log: log.append(
+            (e.sequence, e.step, e.block, list(e.positions), list(e.token_ids), e.rows, e.is_full)))
+        logs.append(log)
+    assert logs[0] == logs[1]
+
+
+@pytest.mark.parametrize("cache", ["dual", "d2", "dllm"])
+@pytest.mark.parametrize("settings", [{"threshold": 0.5}, {"threshold": 0.5, "cfg_scale": 1.0}], ids=["device", "host"])
+def test_logits_that_are_not_finite(tmp_path, cache, settings):
+    """Weights that overflow: the layer is named, as on the CPU."""
+    folder = models.write_model(tmp_path / "model", "llada")
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    name = next(n for n in weights if "blocks.1." in n and "ff_out" in n)
+    weights[name] *= 1e38
+    save_file(weights, folder / "model.safetensors")
+    pair = Pair(module, folder)
+    fields = _native(SHORT | settings | {"cache": cache})
+    for engine in (pair.cpu, pair.cuda):
+        with pytest.raises(NumericalError, match=r"not finite at step 0: layer 1 of 3"):
+            engine.generate(PROMPTS, False, *fields, 8)
+
+
+# --- What a step costs --------------------------------------------------------------------------------------------------
+
+BUDGETS = {"none": 10, "prefix": 10, "dual": 10, "d2": 12, "dllm": 18}
+
+
+def _executed(folder, cache, gen_length, prompt=300):
+    """Names of what one generation ran, and the engine's counters. The canvas is long enough for keys to be split."""
+    engine = module.Engine(str(folder), "float32", None, None, "cuda")
+    fields = _native({"gen_length": gen_length, "block_length": gen_length, "num_transfer_tokens": 1, "cache": cache,
+                      "stop_at_eos": False})
+    module.emulator.trace(True)
+    [result] = engine.generate([[i % 200 for i in range(prompt)]], False, *fields, 1)
+    return [name for name, _ in module.emulator.executed()], module.emulator.counters(), result
+
+
+@pytest.mark.parametrize("cache", BUDGETS)
+def test_launches_per_layer(tmp_path, cache, record_property):
+    """By the difference between a model of 5 layers and one of 3: the launches of a step that do not depend on layers
+    cancel out."""
+    per_model = {}
+    for n_layers in (3, 5):
+        shape = {"n_layers": n_layers, "d_model": 32, "n_heads": 2, "n_kv_heads": 2, "mlp_hidden_size": 32}
+        folder = models.write_model(tmp_path / f"{n_layers}", "llada", **shape)
+        names, _, result = _executed(folder, cache if cache != "dllm" else DLLMCache(kp=50, kr=7, rou=0.25), 4)
+        steps = names.count("plan")
+        assert steps <= result.nfe + 1  # at most one in vain
+        per_model[n_layers] = len(names) / steps
+    per_layer = (per_model[5] - per_model[3]) / 2
+    print(f"\n{cache}: {per_layer:.2f} launches per layer, {per_model[3] - 3 * per_layer:.1f} per step beside")
+    record_property("launches_per_layer", per_layer)
+    assert per_layer <= BUDGETS[cache]
+
+
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual", "dllm", "d2"])
+def test_no_synchronisation_inside_a_block(tmp_path, cache):
+    """As many synchronisations for a block of 24 steps as for one of 6; the host waits once per step, for the one before."""
+    folder = models.write_model(tmp_path / "model", "llada", d_model=32, n_heads=2, n_kv_heads=2, mlp_hidden_size=32)
+    counts = {}
+    for steps in (6, 24):
+        names, counters, result = _executed(folder, cache, steps, prompt=8)
+        counts[steps] = counters
+        submitted = names.count("plan")
+        assert counters["waits"] == submitted
+        assert counters["copy out"] == 2 * submitted  # the records, and what was committed
+        print(f"\n{cache}: {result.nfe} steps: {counters}")
+    assert counts[6]["synchronisations"] == counts[24]["synchronisations"]
+    assert counts[6]["copy in"] == counts[24]["copy in"]
+
+
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+@pytest.mark.parametrize("threshold", [0.2, 0.5, 0.9])
+def test_at_most_one_step_in_vain_per_block(tmp_path, cache, threshold):
+    folder = models.write_model(tmp_path / "model", "llada")
+    engine = module.Engine(str(folder), "float32", None, None, "cuda")
+    fields = _native({"gen_length": 24, "block_length": 6, "threshold": threshold, "cache": cache, "stop_at_eos": False})
+    module.emulator.trace(True)
+    [result] = engine.generate([[1, 2, 3]], False, *fields, 1)
+    steps = [name for name, _ in module.emulator.executed()].count("plan")
+    assert result.nfe <= steps <= result.nfe + 4
+    assert np.all(np.array(result.stats["rows"]) > 0)
