@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dllm_ext import GenerationConfig, _C
+from dllm_ext import _C, GenerationConfig
 from dllm_ext.config import native_fields
 
 FOLDER = Path(__file__).parents[2] / "build" / "current" / "emulated"

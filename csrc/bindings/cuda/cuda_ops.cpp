@@ -11,6 +11,7 @@
 #include <optional>
 #include <tuple>
 
+#include "bindings/cuda/arguments.h"
 #include "bindings/cuda/call.h"
 #include "ops/cuda/attention.h"
 #include "ops/cuda/dense_linear.h"
@@ -27,111 +28,25 @@ using namespace dllm::ops::cuda;
 
 namespace {
 
-using Array = py::array;
-using Slabs = std::vector<std::pair<Array, Array>>;  // (k, v) of every sequence, [n_kv, capacity, head_dim] each
-using Rows = std::tuple<Array, Array, Array>;  // row, position, sequence, int32 [count] each
-using OutList = std::tuple<Array, Array, Array, Array, Array>;  // the same [capacity], sequences [n, 3], count [1]
-
-// Of an array that is checked later.
-int32_t size(const Array& a, int axis = 0) { return axis < a.ndim() ? int32_t(a.shape(axis)) : 0; }
-
-// Every element of an int32 array, already checked, in [0, end).
-void check_range(const Array& a, int64_t end, const char* what) {
-  const int32_t* v = static_cast<const int32_t*>(a.data());
-  for (py::ssize_t i = 0; i < a.size(); ++i)
-    if (v[i] < 0 || v[i] >= end) fail<UsageError>(what, "[", i, "] = ", v[i], " is not in [0, ", end, ")");
-}
-
-void check_capacity(int64_t rows, int64_t capacity) {
-  if (rows > capacity) fail<UsageError>(rows, " rows are more than the capacity ", capacity);
-}
-
-// [n, 3]: begin, end, n_keys. Rows are those of lists that ascend without gaps.
-const SequenceRows* sequence_rows(Call& call, const Array& a, int64_t rows, int64_t keys) {
-  static_assert(sizeof(SequenceRows) == 3 * sizeof(int32_t));
-  const int32_t* to = call.in<int32_t>(a, "sequences", {-1, 3});
-  const SequenceRows* s = static_cast<const SequenceRows*>(a.data());
-  for (int32_t i = 0; i < size(a); ++i) {
-    if (s[i].begin != (i ? s[i - 1].end : 0) || s[i].end < s[i].begin || s[i].end > rows)
-      fail<UsageError>("sequences[", i, "]: rows [", s[i].begin, ", ", s[i].end, ") of ", rows);
-    if (s[i].n_keys < 0 || s[i].n_keys > keys) fail<UsageError>("sequences[", i, "]: ", s[i].n_keys, " keys of ", keys);
-  }
-  return reinterpret_cast<const SequenceRows*>(to);
-}
-
-struct KvSlabs {
-  int32_t n, n_kv, head_dim, positions;  // the fewest of them
-  std::vector<int32_t> capacity;
-  const KvView* views;
-
-  KvSlabs(Call& call, DType t, const Slabs& slabs, bool changed) : n(int32_t(slabs.size())) {
-    if (slabs.empty()) fail<UsageError>("no slab");
-    n_kv = size(slabs[0].first), head_dim = size(slabs[0].first, 2), positions = INT32_MAX;
-    std::vector<KvView> list;
-    for (const auto& [k, v] : slabs) {
-      capacity.push_back(size(k, 1));
-      positions = std::min(positions, capacity.back());
-      const Call::Shape shape{n_kv, capacity.back(), head_dim};
-      const auto upload = [&](const Array& a, const char* what) {
-        return changed ? call.out(t, a, what, shape) : const_cast<void*>(call.in(t, a, what, shape));
-      };
-      void* const keys = upload(k, "k");
-      list.push_back({keys, upload(v, "v"), capacity.back()});
-    }
-    if (n_kv < 1 || head_dim < 1) fail<UsageError>("k: is empty");
-    views = call.values(list, "slabs");
-  }
-
-  void check_sequences(const Array& sequences) const {
-    if (size(sequences) != n) fail<UsageError>("sequences: expected ", n, ", got ", size(sequences));
-    const SequenceRows* s = static_cast<const SequenceRows*>(sequences.data());
-    for (int32_t i = 0; i < n; ++i)
-      if (s[i].n_keys > capacity[size_t(i)])
-        fail<UsageError>("sequences[", i, "]: ", s[i].n_keys, " keys of ", capacity[size_t(i)]);
-  }
-  void check_heads(int32_t n_heads) const {
-    if (n_heads < 1 || n_heads % n_kv) fail<UsageError>("n_heads = ", n_heads, " over n_kv = ", n_kv);
-  }
-};
-
-// Rows of a list, each to be found among `x_rows` rows, `positions` and `sequences`.
-RowList row_list(Call& call, const Rows& rows, int32_t capacity, int64_t x_rows, int64_t positions, int64_t sequences) {
-  const auto& [row, position, sequence] = rows;
-  const int32_t n = size(row);
-  check_capacity(n, capacity);
-  RowList list{};
-  const auto upload = [&](const Array& a, const char* what, int64_t end) {
-    int32_t* p = const_cast<int32_t*>(call.in<int32_t>(a, what, {n}));
-    check_range(a, end, what);
-    return p;
+// RowStats as numpy's structured dtype. By hand: PYBIND11_NUMPY_DTYPE cannot register it for two modules of a process.
+py::dtype row_stats_dtype() {
+  py::list names, formats, offsets;
+  const RowStats r;
+  const auto add = [&](const char* name, const auto& field) {
+    names.append(name);
+    formats.append(py::dtype::of<std::remove_const_t<std::remove_reference_t<decltype(field)>>>());
+    offsets.append(reinterpret_cast<const char*>(&field) - reinterpret_cast<const char*>(&r));
   };
-  list.row = upload(row, "row", x_rows);
-  list.position = upload(position, "position", positions);
-  list.sequence = upload(sequence, "sequence", sequences);
-  list.count = call.count(n);
-  list.capacity = capacity;
-  return list;
-}
-
-RowList out_list(Call& call, const OutList& lists, int32_t capacity, int32_t n_sequences) {
-  const auto& [row, position, sequence, sequences, count] = lists;
-  return {call.out<int32_t>(row, "row", {capacity}),
-          call.out<int32_t>(position, "position", {capacity}),
-          call.out<int32_t>(sequence, "sequence", {capacity}),
-          reinterpret_cast<SequenceRows*>(call.out<int32_t>(sequences, "sequences", {n_sequences, 3})),
-          call.out<int32_t>(count, "count", {1}),
-          capacity};
-}
-
-// Slabs [positions, d] of kept features; `positions` becomes the fewest.
-void* const* feature_slabs(Call& call, DType t, const std::vector<Array>& slabs, int32_t d, bool changed,
-                           int32_t& positions) {
-  std::vector<void*> list;
-  for (const Array& a : slabs) {
-    positions = std::min(positions, size(a));
-    list.push_back(changed ? call.out(t, a, "slab", {-1, d}) : const_cast<void*>(call.in(t, a, "slab", {-1, d})));
-  }
-  return call.values(list, "slabs");
+  add("top1_id", r.top1_id);
+  add("top2_id", r.top2_id);
+  add("top1_logit", r.top1_logit);
+  add("top2_logit", r.top2_logit);
+  add("log_sum_exp", r.log_sum_exp);
+  add("entropy", r.entropy);
+  add("sampled_id", r.sampled_id);
+  add("sampled_logit", r.sampled_logit);
+  add("finite", r.finite);
+  return py::dtype(names, formats, offsets, sizeof(RowStats));
 }
 
 class Ops {
@@ -197,8 +112,8 @@ class Ops {
                           hd,
                           kv.views,
                           call.out(t, q_out, "q_out", {capacity, n_heads * hd})};
-    check_range(positions, std::min(kv.positions, size(cos)), "positions");
-    check_range(sequence, kv.n, "sequence");
+    check_range(positions, size(cos), "positions");
+    check_positions(positions, sequence, kv.capacity);
     run(call, [&] { cuda::rope_kv_write(stream(), t, args); });
   }
 
@@ -245,10 +160,9 @@ class Ops {
     Call call(*device_);
     const DType t = parse_cuda_dtype(dtype);
     const int32_t d = size(x, 1);
-    int32_t positions = INT32_MAX;
-    void* const* to = feature_slabs(call, t, slabs, d, true, positions);
-    const RowList list = row_list(call, rows, capacity, size(x), positions, int64_t(slabs.size()));
-    const StoreAndAddArgs args{call.in<float>(y, "y", {size(std::get<0>(rows)), d}), list, to, d,
+    const FeatureSlabs to(call, t, slabs, d, true);
+    const RowList list = row_list(call, rows, capacity, size(x), to.capacity);
+    const StoreAndAddArgs args{call.in<float>(y, "y", {size(std::get<0>(rows)), d}), list, to.views, d,
                                call.out<float>(x, "x", {-1, d})};
     run(call, [&] { cuda::store_and_add(stream(), t, args); });
   }
@@ -258,12 +172,10 @@ class Ops {
     Call call(*device_);
     const DType t = parse_cuda_dtype(dtype);
     const int32_t d = size(x, 1);
-    int32_t positions = INT32_MAX;
-    void* const* a = feature_slabs(call, t, attention, d, false, positions);
-    void* const* f = feature_slabs(call, t, mlp, d, false, positions);
-    const RowList list =
-        row_list(call, rows, capacity, size(x), positions, int64_t(std::min(attention.size(), mlp.size())));
-    const AddKeptArgs args{list, a, f, d, call.out<float>(x, "x", {-1, d})};
+    const FeatureSlabs a(call, t, attention, d, false), f(call, t, mlp, d, false);
+    if (a.capacity != f.capacity) fail<UsageError>("slabs of attention and mlp differ");
+    const RowList list = row_list(call, rows, capacity, size(x), a.capacity);
+    const AddKeptArgs args{list, a.views, f.views, d, call.out<float>(x, "x", {-1, d})};
     run(call, [&] { cuda::add_kept(stream(), t, args); });
   }
 
@@ -273,7 +185,7 @@ class Ops {
     const DType t = parse_cuda_dtype(dtype);
     const KvSlabs kv(call, t, slabs, true);
     const int32_t columns = kv.n_kv * kv.head_dim, capacity = size(similarity);
-    const RowList list = row_list(call, rows, capacity, INT32_MAX, kv.positions, kv.n);
+    const RowList list = row_list(call, rows, capacity, INT32_MAX, kv.capacity);
     const VerifyValuesArgs args{call.in<float>(v, "v", {size(std::get<0>(rows)), columns}),
                                 bias ? call.in<float>(*bias, "bias", {columns}) : nullptr,
                                 list,
@@ -318,10 +230,11 @@ class Ops {
     run(call, [&] { cuda::choose_rows(stream(), args); });
   }
 
-  // Statistics of `capacity` rows, from tiles of the vocabulary; rows from the count on are kUnwritten bytes.
-  py::array_t<RowStats> row_stats(const Array& logits, int32_t capacity, int32_t tile, int32_t mask_id,
-                                  int32_t banned_id, float temperature, double noise_scale, uint64_t seed,
-                                  uint32_t step, const std::optional<Array>& positions) {
+  // Statistics of `capacity` rows, from tiles of the vocabulary, as a structured array; rows from the count on are
+  // kUnwritten bytes.
+  Array row_stats(const Array& logits, int32_t capacity, int32_t tile, int32_t mask_id, int32_t banned_id,
+                  float temperature, double noise_scale, uint64_t seed, uint32_t step,
+                  const std::optional<Array>& positions) {
     constexpr int kUnwritten = 0x5A;
     Call call(*device_);
     const int32_t n = size(logits), vocab = size(logits, 1);
@@ -353,9 +266,9 @@ class Ops {
         row_stats_tile(stream(), args);
       }
     });
-    py::array_t<RowStats> out(static_cast<py::ssize_t>(states.size()));
-    for (size_t r = 0; r < states.size(); ++r) out.mutable_data()[r] = states[r].stats;
-    return out;
+    std::vector<RowStats> stats;
+    for (const RowStatsState& state : states) stats.push_back(state.stats);
+    return Array(row_stats_dtype(), {py::ssize_t(stats.size())}, stats.data());
   }
 
   // One layer. mean [rows, ld_mean]; c, out [n_sequences, ld].
@@ -389,8 +302,6 @@ class Ops {
     if (scales.nbytes() != n * quantized_scale_bytes(format, k) || !(scales.flags() & Array::c_style) ||
         !(values.flags() & Array::c_style) || values.itemsize() != 1)
       fail<UsageError>("weight: scales do not belong to the values, or are not contiguous");
-    if (column_begin < 0 || column_begin >= end || end > n || column_begin % 16 || end % 16)
-      fail<UsageError>("columns [", column_begin, ", ", end, ") of ", n);
     quant_pack({values.data(), format, n, k, k, scales.data()}, packed.data());
     const int32_t count = size(x), capacity = size(out);
     check_capacity(count, capacity);
@@ -461,8 +372,6 @@ class Ops {
 
 void bind_cuda_ops(py::module_& m) {
   using py::arg;
-  PYBIND11_NUMPY_DTYPE(RowStats, top1_id, top2_id, top1_logit, top2_logit, log_sum_exp, entropy, sampled_id,
-                       sampled_logit, finite);
   const auto none = py::none();
   py::class_<Ops>(m, "Ops", py::module_local())
       .def(py::init<>())

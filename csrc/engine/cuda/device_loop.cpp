@@ -211,24 +211,22 @@ void DeviceLoop::admit(size_t index, std::unique_ptr<Sequence> sequence) {
   }
   slot.blocks = state.n_blocks;
   slot.first_editable = state.first_editable;
-  slot.under_way = 0;
   slot.rows = length;
   slot.sequence = std::move(sequence);
 }
 
 // --- What the next step needs, as far as the host can know ------------------------------------------------------------------
 
-// Where the sequence is when the steps under way are over: in the same block, unless they are bound to finish it.
-std::optional<DeviceLoop::Place> DeviceLoop::place_of(const Slot& slot) const {
-  const Sequence& q = *slot.sequence;
-  Place place{q.block(), q.step() + slot.under_way, q.step_in_block() + slot.under_way};
-  const int64_t least = config_->rule() == TransferRule::Steps ? 1 : config_->min_transfer();
+// Where a sequence is after one more step: in the same block, unless the step is bound to finish it.
+DeviceLoop::Place DeviceLoop::after(const Slot& slot, Place place) const {
   const bool certain = config_->rule() != TransferRule::Steps && config_->remasking != Remasking::Origin;
-  if (slot.under_way > 0 && certain && q.eligible() <= least * slot.under_way) {
-    if (place.block + 1 >= slot.blocks) return std::nullopt;
-    ++place.block;
-    place.step_in_block = 0;
-  }
+  ++place.step;
+  ++place.step_in_block;
+  place.eligible -= certain ? config_->min_transfer() : 0;
+  if (place.eligible > 0) return place;
+  ++place.block;
+  place.step_in_block = 0;
+  place.eligible = place.block < slot.blocks ? config_->block_length : 0;
   return place;
 }
 
@@ -277,19 +275,35 @@ cuda::StepNeeds DeviceLoop::needs_of(const Slot& slot, const Place& at) const {
   return n;
 }
 
-cuda::StepNeeds DeviceLoop::expected_needs() const {
+// Of the sequences that still have something to decide.
+cuda::StepNeeds DeviceLoop::needs_at(const std::vector<std::optional<Place>>& places) const {
   cuda::StepNeeds sum{};
-  for (const Slot& slot : slots_) {
-    if (!slot.sequence) continue;
-    const std::optional<Place> place = place_of(slot);
-    if (!place) continue;
-    const cuda::StepNeeds n = needs_of(slot, *place);
+  for (size_t s = 0; s < slots_.size(); ++s) {
+    if (!places[s] || places[s]->eligible == 0) continue;
+    const cuda::StepNeeds n = needs_of(slots_[s], *places[s]);
     sum.rows += n.rows;
     sum.reads += n.reads;
     sum.live += n.live;
     sum.verified += n.verified;
   }
   return sum;
+}
+
+// After the steps under way, of which those will do nothing that do not fit.
+cuda::StepNeeds DeviceLoop::expected_needs() const {
+  std::vector<std::optional<Place>> places(slots_.size());
+  for (size_t s = 0; s < slots_.size(); ++s)
+    if (const Sequence* q = slots_[s].sequence.get())
+      places[s] = Place{q->block(), q->step(), q->step_in_block(), q->eligible()};
+  for (const Flight& flight : flights_) {
+    auto then = places;
+    for (size_t s = 0; s < slots_.size(); ++s)
+      if (flight.sequences[s] != slots_[s].sequence.get()) then[s].reset();  // it began later
+    if (!needs_at(then).fits(flight.limits)) continue;
+    for (size_t s = 0; s < slots_.size(); ++s)
+      if (then[s] && then[s]->eligible > 0) places[s] = after(slots_[s], *then[s]);
+  }
+  return needs_at(places);
 }
 
 StepShape DeviceLoop::shape_of(const cuda::StepNeeds& limits) const {
@@ -323,14 +337,13 @@ void DeviceLoop::submit() {
   device_.copy_out(committed_.data() + first * size_t(size_.reads), memory_.commit.committed,
                    slots_.size() * size_t(size_.reads) * sizeof(cuda::CommittedToken));
   flight.mark = device_.mark();
-  for (Slot& slot : slots_) {
-    flight.sequences.push_back(slot.sequence.get());
-    if (slot.sequence) ++slot.under_way;
-  }
+  for (const Slot& slot : slots_) flight.sequences.push_back(slot.sequence.get());
   flights_.push_back(std::move(flight));
 }
 
-void DeviceLoop::launch(const StepShape& shape, const cuda::StepNeeds& limits) {
+// The plan of every sequence's next step, packed if it fits.
+void DeviceLoop::launch_plan(const cuda::StepNeeds& limits) {
+  const NvtxRange range("plan");
   cuda::PlanArgs plan = memory_.plan;
   plan.states = memory_.states;
   plan.sequences = int32_t(slots_.size());
@@ -346,28 +359,33 @@ void DeviceLoop::launch(const StepShape& shape, const cuda::StepNeeds& limits) {
   plan.current_k = config_->d2.current_k;
   plan.inflate_w = config_->d2.inflate_w;
   plan.max_length = size_.length;
+  cuda::plan_step(device_.stream(), plan);
+  cuda::pack_step(device_.stream(), {plan, model_.memory(), model_.max_sequences(), limits, memory_.commit.records});
+}
+
+void DeviceLoop::launch_commit() {
+  const NvtxRange range("commit");
   cuda::CommitArgs commit = memory_.commit;
   commit.states = memory_.states;
-  commit.sequences = plan.sequences;
+  commit.sequences = int32_t(slots_.size());
   commit.rules = memory_.rules;
   commit.stats = model_.stats();
-  commit.reads = plan.reads;
-  commit.read_count = plan.read_count;
+  commit.reads = memory_.plan.reads;
+  commit.read_count = memory_.plan.read_count;
   commit.max_length = size_.length;
   commit.max_reads = size_.reads;
-  {
-    const NvtxRange range("plan");
-    cuda::plan_step(device_.stream(), plan);
-    cuda::pack_step(device_.stream(), {plan, model_.memory(), model_.max_sequences(), limits, commit.records});
-  }
-  model_.run_layers(shape);
-  model_.head_stats(shape, params_);
-  const NvtxRange range("commit");
-  if (shape.importance) {
+  if (config_->cache == CacheKind::D2) {
     commit.importance = model_.importance_on_device();
     commit.importance_ld = model_.importance_stride();
   }
   cuda::commit_step(device_.stream(), commit);
+}
+
+void DeviceLoop::launch(const StepShape& shape, const cuda::StepNeeds& limits) {
+  launch_plan(limits);
+  model_.run_layers(shape);
+  model_.head_stats(shape, params_);
+  launch_commit();
 }
 
 void DeviceLoop::run_or_replay(const StepShape& shape, const cuda::StepNeeds& limits) {
@@ -401,7 +419,6 @@ void DeviceLoop::complete(const GenerateOptions& options, std::vector<Result>& r
   for (size_t s = 0; s < slots_.size(); ++s) {
     Slot& slot = slots_[s];
     if (!slot.sequence || flight.sequences[s] != slot.sequence.get()) continue;
-    --slot.under_way;
     const cuda::StepRecord& r = records_[flight.ring * slots_.size() + s];
     if (!r.ran) {
       if (!r.needs.fits(flight.limits)) demanded_ = r.needs;
@@ -453,12 +470,13 @@ StepStats DeviceLoop::counters_of(const Slot& slot, const cuda::StepRecord& r, d
   return c;
 }
 
-// The sequence committed nothing, so the plan in memory still is this step's: it is run once more with checks between the
-// layers, to find where it began.
+// The sequence committed nothing, so its plan is the same again: the step is run once more with checks between the layers,
+// to find where it began.
 void DeviceLoop::report_not_finite(const Flight& flight, int64_t step) {
   device_.synchronize();
   const std::string where = "at step " + std::to_string(step) + ": ";
   try {
+    launch_plan(flight.limits);
     model_.run_layers(flight.shape, /*check_finite=*/true);
   } catch (const NumericalError& e) {
     fail<NumericalError>("the logits are not finite ", where, e.what());

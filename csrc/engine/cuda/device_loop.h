@@ -34,13 +34,13 @@ class DeviceLoop final : public Loop {
   struct Slot {
     std::unique_ptr<Sequence> sequence;
     DeviceBuffer memory;
-    int64_t under_way = 0;  // steps submitted since the copy's state
     int32_t rows = 0;  // of its last step
     int32_t blocks = 0, first_editable = 0;
   };
   // Where a sequence will be, as far as the host knows.
   struct Place {
     int64_t block, step, step_in_block;
+    int64_t eligible;  // positions of the block that may still be committed, at most; 0: it is finished
   };
   struct Flight {
     Device::Mark mark;
@@ -71,11 +71,14 @@ class DeviceLoop final : public Loop {
   void prepare(const std::vector<std::vector<int32_t>>& prompts, const GenerationConfig& config,
                const GenerateOptions& options);
   void admit(size_t slot, std::unique_ptr<Sequence> sequence);
-  std::optional<Place> place_of(const Slot& slot) const;
+  Place after(const Slot& slot, Place place) const;
   cuda::StepNeeds needs_of(const Slot& slot, const Place& place) const;
+  cuda::StepNeeds needs_at(const std::vector<std::optional<Place>>& places) const;
   cuda::StepNeeds expected_needs() const;
   StepShape shape_of(const cuda::StepNeeds& limits) const;
   void submit();
+  void launch_plan(const cuda::StepNeeds& limits);
+  void launch_commit();
   void launch(const StepShape& shape, const cuda::StepNeeds& limits);
   void run_or_replay(const StepShape& shape, const cuda::StepNeeds& limits);
   LaunchConfig launch_config() const;

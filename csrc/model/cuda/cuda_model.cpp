@@ -142,7 +142,7 @@ void CudaModel::run_layers(const StepShape& shape, bool check_finite) {
   for (int l = 0; l < spec_.n_layers; ++l) {
     const NvtxRange range("layer");
     run_layer(shape, l);
-    if (check_finite) require_finite(l);
+    if (check_finite) require_finite(shape, l);
   }
   if (shape.importance) find_importance(shape);
 }
@@ -457,8 +457,8 @@ std::span<const float> CudaModel::importance(size_t s) const {
   return {host_importance_.data() + s * size_t(importance_ld_), size_t(importance_keys_[s])};
 }
 
-void CudaModel::require_finite(int layer) {
-  const size_t n = size_t(shape_.rows) * size_t(spec_.d_model);
+void CudaModel::require_finite(const StepShape& shape, int layer) {
+  const size_t n = size_t(shape.rows) * size_t(spec_.d_model);
   if (host_x_.size() < n) host_x_ = Pinned<float>(*device_, n, "the residual stream");
   device_->copy_out(host_x_.data(), x_.as(), n * sizeof(float));
   device_->synchronize();

@@ -69,7 +69,7 @@ class CudaModel final : public Model {
   void head_tile(const StepShape& shape, int64_t first, int64_t n, float* out, int64_t ld);
   void send_plan(const StepInput& in);
   void count_work(const StepInput& in);
-  void require_finite(int layer);
+  void require_finite(const StepShape& shape, int layer);
   void reserve_scratch(const StepCapacity& c, int32_t keys, bool features, bool importance);
   ops::cuda::Stream stream() const { return device_->stream(); }
 

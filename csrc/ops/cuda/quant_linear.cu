@@ -41,6 +41,11 @@ constexpr int kParts = 4;  // warps that share a tile's features and divide K: p
 constexpr int kStepTerms = kParts * kGroup;
 constexpr int kMaxShared = 99 * 1024;
 
+// With the columns that are wanted made the whole matrix.
+struct LaunchArgs : QuantLinearArgs {
+  const float* row_scales;  // [n], I8
+};
+
 // --- Weights in registers --------------------------------------------------------------------------------------------
 // Constants that the compiler can see would be loaded anew for every permute (seen in the SASS). So lane i offers word
 // i, and shuffles hand the words round: their results stay in registers.
@@ -168,16 +173,15 @@ DLLM_DEVICE void multiply_group(const unsigned char* activations, const unsigned
   }
 }
 
-DLLM_DEVICE void store_sum(const QuantLinearArgs& a, int row, int64_t feature, float sum) {
-  if (a.format == WeightFormat::I8)
-    sum *= reinterpret_cast<const float*>(static_cast<const unsigned char*>(a.weights) + a.n * a.k)[feature];
+DLLM_DEVICE void store_sum(const LaunchArgs& a, int row, int64_t feature, float sum) {
+  if (a.format == WeightFormat::I8) sum *= a.row_scales[feature];
   float* out = a.out + int64_t(a.first_row + row) * a.ldo + feature;
   *out = a.accumulate ? *out + sum : sum;
 }
 
 template <class T, WeightFormat Format, int Rows, int Tiles>
 DLLM_KERNEL_OCCUPANCY(kThreads, (Shape<Format, Rows, Tiles>::kBlocks))
-quant_linear_kernel(QuantLinearArgs a) {
+quant_linear_kernel(LaunchArgs a) {
   using S = Shape<Format, Rows, Tiles>;
   DLLM_DYNAMIC_SHARED(unsigned char, shared);
   const int rows = min(*a.n_rows - a.first_row, a.rows);
@@ -277,7 +281,7 @@ constexpr int kRowsF32 = 8;  // of a block
 
 template <WeightFormat Format>
 DLLM_KERNEL(kParts * 32)
-quant_linear_f32_kernel(QuantLinearArgs a) {
+quant_linear_f32_kernel(LaunchArgs a) {
   DLLM_SHARED(float, partial, [kParts][kRowsF32][kTileFeatures]);
   const int first_row = int(blockIdx.y) * kRowsF32,
             rows = min(min(*a.n_rows - a.first_row, a.rows) - first_row, kRowsF32);
@@ -348,7 +352,7 @@ quant_linear_f32_kernel(QuantLinearArgs a) {
 
 // --- Launches --------------------------------------------------------------------------------------------------------
 template <class T, WeightFormat Format, int Rows, int Tiles>
-void launch_tiles(Stream stream, const QuantLinearArgs& a) {
+void launch_tiles(Stream stream, const LaunchArgs& a) {
   using S = Shape<Format, Rows, Tiles>;
   launch(stream, Format == WeightFormat::I8 ? "quant_linear_i8" : "quant_linear_i4",
          quant_linear_kernel<T, Format, Rows, Tiles>, dim3(unsigned((a.n + S::kFeatures - 1) / S::kFeatures)), kThreads,
@@ -358,7 +362,7 @@ void launch_tiles(Stream stream, const QuantLinearArgs& a) {
 // Tiles of a warp: Small or twice as many, the latter where that leaves `enough` blocks. For 8 rows that is two per
 // multiprocessor of an H100; more rows are bound by L2, and there fewer activations outweigh idle multiprocessors.
 template <class T, WeightFormat Format, int Rows, int Small>
-void launch_rows(Stream stream, const QuantLinearArgs& a, int enough) {
+void launch_rows(Stream stream, const LaunchArgs& a, int enough) {
   if (a.n >= int64_t(enough) * Shape<Format, Rows, 2 * Small>::kFeatures)
     launch_tiles<T, Format, Rows, 2 * Small>(stream, a);
   else
@@ -366,7 +370,7 @@ void launch_rows(Stream stream, const QuantLinearArgs& a, int enough) {
 }
 
 template <class T, WeightFormat Format>
-void launch_16_bit(Stream stream, const QuantLinearArgs& a) {
+void launch_16_bit(Stream stream, const LaunchArgs& a) {
   if (a.rows <= 8)
     launch_rows<T, Format, 8, 1>(stream, a, 264);
   else if (a.rows <= 16)
@@ -378,14 +382,14 @@ void launch_16_bit(Stream stream, const QuantLinearArgs& a) {
 }
 
 template <WeightFormat Format>
-void launch_f32(Stream stream, const QuantLinearArgs& a) {
+void launch_f32(Stream stream, const LaunchArgs& a) {
   launch(stream, Format == WeightFormat::I8 ? "quant_linear_i8_f32" : "quant_linear_i4_f32",
          quant_linear_f32_kernel<Format>,
          dim3(unsigned(a.n / kTileFeatures), unsigned((a.rows + kRowsF32 - 1) / kRowsF32)), kParts * 32, 0, a);
 }
 
 template <WeightFormat Format>
-void launch_format(Stream stream, DType type, const QuantLinearArgs& a) {
+void launch_format(Stream stream, DType type, const LaunchArgs& a) {
   switch (type) {
     case DType::F32:
       return launch_f32<Format>(stream, a);
@@ -401,11 +405,21 @@ void launch_format(Stream stream, DType type, const QuantLinearArgs& a) {
 void quant_linear(Stream stream, DType type, const QuantLinearArgs& args) {
   quant_bytes(args.format, args.n, args.k);  // for its checks
   if (args.rows > kQuantRows) fail<ConfigError>("quant_linear: ", args.rows, " rows are more than ", kQuantRows);
-  if (args.rows <= 0) return;
-  if (args.format == WeightFormat::I8)
-    launch_format<WeightFormat::I8>(stream, type, args);
+  const int64_t begin = args.column_begin, end = args.column_end < 0 ? args.n : args.column_end;
+  if (begin < 0 || begin > end || end > args.n || begin % kTileFeatures || end % kTileFeatures)
+    fail<ConfigError>("quant_linear: columns ", begin, " to ", end, " of ", args.n, " are not multiples of ",
+                      kTileFeatures, " within the matrix");
+  if (args.rows <= 0 || begin == end) return;
+  const bool wide = args.format == WeightFormat::I8;
+  const unsigned char* const weights = static_cast<const unsigned char*>(args.weights);
+  const int64_t tile_bytes = wide ? kTileBytes<WeightFormat::I8> : kTileBytes<WeightFormat::I4>;
+  LaunchArgs a{args, wide ? reinterpret_cast<const float*>(weights + args.n * args.k) + begin : nullptr};
+  a.weights = weights + begin / kTileFeatures * (args.k / kGroup) * tile_bytes;
+  a.n = end - begin;
+  if (wide)
+    launch_format<WeightFormat::I8>(stream, type, a);
   else
-    launch_format<WeightFormat::I4>(stream, type, args);
+    launch_format<WeightFormat::I4>(stream, type, a);
 }
 
 }  // namespace dllm::ops::cuda
