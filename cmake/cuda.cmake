@@ -1,8 +1,9 @@
 # dllm_device: the CUDA backend where it can be built, else what stands in its place.
 #
-# It is built where torch is a CUDA build and an nvcc of the same major version works with the C++ compiler. nvcc is looked
-# for in CUDACXX, CUDA_HOME, PATH, /usr/local/cuda and among pip's packages beside torch; TORCH_CUDA_ARCH_LIST chooses
-# architectures, written as for torch: "8.0;9.0+PTX". DLLM_CUDA and DLLM_CUDA_REASON (for `dllm info`) say what came of it.
+# It is built where torch is a CUDA build and an nvcc of the same major version works with the C++ compiler. nvcc is
+# looked for in CUDACXX, CUDA_HOME, PATH, /usr/local/cuda and among pip's packages beside torch; TORCH_CUDA_ARCH_LIST
+# chooses architectures, written as for torch: "8.0;9.0+PTX". What came of it is said for `dllm info`: DLLM_CUDA (Python's
+# True or False) and DLLM_CUDA_REASON (why not, or with what).
 
 # --- nvcc, and reasons not to use it ----------------------------------------------------------------------------------
 set(DLLM_CUDA False)
@@ -24,7 +25,8 @@ else()
     find_program(DLLM_NVCC nvcc HINTS $ENV{CUDA_HOME}/bin $ENV{CUDA_PATH}/bin PATHS /usr/local/cuda/bin ${pip_nvcc})
   endif()
   if(NOT DLLM_NVCC)
-    set(DLLM_CUDA_REASON "not built: no nvcc was found (CUDA_HOME, PATH, /usr/local/cuda); torch is for CUDA ${TORCH_CUDA}")
+    set(DLLM_CUDA_REASON
+        "not built: no nvcc was found (CUDA_HOME, PATH, /usr/local/cuda); torch is for CUDA ${TORCH_CUDA}")
   endif()
 endif()
 
@@ -36,33 +38,37 @@ if(NOT DLLM_CUDA_REASON)
   if(failed OR NOT nvcc_version)
     set(DLLM_CUDA_REASON "not built: ${DLLM_NVCC} --version fails")
   elseif(NOT nvcc_major EQUAL torch_cuda_major)
-    set(DLLM_CUDA_REASON "not built: ${nvcc} was found, and torch is for CUDA ${TORCH_CUDA}: their first numbers must agree")
+    set(DLLM_CUDA_REASON
+        "not built: ${nvcc} was found, and torch is for CUDA ${TORCH_CUDA}: their first numbers must agree")
   endif()
 endif()
 
 # A g++ that is newer than nvcc knows is the usual trouble. (When it is gone, this is tried again.)
 if(NOT DLLM_CUDA_REASON AND NOT "${DLLM_NVCC}|${CMAKE_CXX_COMPILER_VERSION}" STREQUAL "${DLLM_NVCC_WORKS}")
-  file(WRITE ${CMAKE_BINARY_DIR}/nvcc/works.cu "#include <string>\n#include <cuda_bf16.h>\n__global__ void k(float* x) { *x = 1; }\n")
+  file(WRITE ${CMAKE_BINARY_DIR}/nvcc/works.cu
+       "#include <string>\n#include <cuda_bf16.h>\n__global__ void k(float* x) { *x = 1; }\n")
   execute_process(COMMAND ${DLLM_NVCC} -ccbin ${CMAKE_CXX_COMPILER} -std=c++20 -arch=sm_80 -c works.cu -o works.o
-                  WORKING_DIRECTORY ${CMAKE_BINARY_DIR}/nvcc OUTPUT_VARIABLE error ERROR_VARIABLE error RESULT_VARIABLE failed)
+                  WORKING_DIRECTORY ${CMAKE_BINARY_DIR}/nvcc
+                  OUTPUT_VARIABLE error ERROR_VARIABLE error RESULT_VARIABLE failed)
   if(failed)
     message(WARNING "${error}")
-    set(DLLM_CUDA_REASON
-        "not built: ${nvcc} does not work with ${CMAKE_CXX_COMPILER_ID} ${CMAKE_CXX_COMPILER_VERSION} (set CXX to another)")
+    set(compiler "${CMAKE_CXX_COMPILER_ID} ${CMAKE_CXX_COMPILER_VERSION}")
+    set(DLLM_CUDA_REASON "not built: ${nvcc} does not work with ${compiler} (name another in CXX)")
   else()
     set(DLLM_NVCC_WORKS "${DLLM_NVCC}|${CMAKE_CXX_COMPILER_VERSION}" CACHE INTERNAL "nvcc and a compiler it works with")
   endif()
 endif()
 
-# Architectures: those of TORCH_CUDA_ARCH_LIST from 8.0 on (cp.async and bf16 begin there), else every kind of GPU since that
-# this nvcc knows, and PTX of the newest for the GPUs to come.
+# Architectures: those of TORCH_CUDA_ARCH_LIST from 8.0 on (cp.async and bf16 begin there), else the usual ones from 8.0
+# on that this nvcc knows, and PTX of the newest for the GPUs to come.
 if(NOT DLLM_CUDA_REASON)
   set(cuda_archs)
   set(text "$ENV{TORCH_CUDA_ARCH_LIST}")
   string(REGEX REPLACE "[ ,;]+" ";" listed "${text}")
   foreach(item ${listed})
     if(NOT item MATCHES "^([0-9]+)\\.([0-9])([af]?)(\\+PTX)?$")
-      message(FATAL_ERROR "dllm_ext: TORCH_CUDA_ARCH_LIST = \"${text}\": \"${item}\" is not an architecture such as 8.0 or 9.0+PTX")
+      message(FATAL_ERROR "dllm_ext: TORCH_CUDA_ARCH_LIST = \"${text}\": \"${item}\" is not an architecture such as "
+                          "8.0 or 9.0+PTX")
     endif()
     set(arch ${CMAKE_MATCH_1}${CMAKE_MATCH_2}${CMAKE_MATCH_3})
     if(CMAKE_MATCH_1 GREATER_EQUAL 8)
@@ -86,8 +92,8 @@ if(NOT DLLM_CUDA_REASON)
   endif()
 endif()
 
-# Headers and libraries that torch's headers and ours want: the toolkit's and those of torch's packages (nvidia/cu13, or one
-# folder for each library). As with torch, commands name the packages through a link.
+# Headers and libraries that torch's headers and ours want: the toolkit's and those of torch's packages (nvidia/cu13, or
+# one folder for each library). As with torch, commands name the packages through a link.
 if(NOT DLLM_CUDA_REASON)
   set(CMAKE_CUDA_COMPILER ${DLLM_NVCC})
   set(CMAKE_CUDA_HOST_COMPILER ${CMAKE_CXX_COMPILER})
@@ -128,9 +134,10 @@ if(NOT DLLM_CUDA_REASON)
   foreach(lib cudart cublas)
     unset(found)
     find_library(found NAMES lib${lib}.so.${torch_cuda_major} ${lib} NO_CACHE
-                 HINTS ${cuda_lib_dirs} PATHS ${CMAKE_CUDA_IMPLICIT_LINK_DIRECTORIES} ${CMAKE_CUDA_HOST_IMPLICIT_LINK_DIRECTORIES})
+                 HINTS ${cuda_lib_dirs}
+                 PATHS ${CMAKE_CUDA_IMPLICIT_LINK_DIRECTORIES} ${CMAKE_CUDA_HOST_IMPLICIT_LINK_DIRECTORIES})
     if(NOT found)
-      set(DLLM_CUDA_REASON "not built: lib${lib}.so.${torch_cuda_major} is neither in CUDA's toolkit nor in a package beside torch")
+      set(DLLM_CUDA_REASON "not built: lib${lib} is neither in CUDA's toolkit nor in a package beside torch")
     endif()
     list(APPEND cuda_libs ${found})
   endforeach()
@@ -151,8 +158,8 @@ string(REGEX REPLACE "([0-9]+[af]?)-virtual" "compute_\\1" archs "${archs}")
 set(DLLM_CUDA_REASON "${nvcc}, ${archs}")
 message(STATUS "CUDA: ${DLLM_CUDA_REASON}")
 
-# Kernels see neither torch nor its headers. None may spill registers. Those of the planning and committing kernels give the
-# CPU's numbers to the last bit, so there a product and a sum stay two roundings, as in C++.
+# Kernels see neither torch nor its headers, and none may spill registers. The planning and committing ones give the
+# CPU's numbers to the last bit: there a product and a sum stay two roundings, as in C++.
 add_library(dllm_kernels OBJECT ${kernels} csrc/runtime/cuda/probe.cu)
 target_include_directories(dllm_kernels PRIVATE csrc)
 target_compile_options(dllm_kernels PRIVATE -std=c++20 -Xptxas=-warn-spills,-Werror
@@ -168,7 +175,8 @@ set(sees_torch ${cuda_sources})
 list(FILTER sees_torch INCLUDE REGEX "/runtime/cuda/")
 set_source_files_properties(${sees_torch} PROPERTIES COMPILE_OPTIONS "-isystem;${deps}/torch_include")
 target_sources(dllm_device INTERFACE $<TARGET_OBJECTS:dllm_kernels>)
-target_link_libraries(dllm_device INTERFACE ${deps}/torch_lib/libc10_cuda.so ${deps}/torch_lib/libtorch_cuda.so ${cuda_libs})
+target_link_libraries(dllm_device INTERFACE ${deps}/torch_lib/libc10_cuda.so ${deps}/torch_lib/libtorch_cuda.so
+                                            ${cuda_libs})
 foreach(lib ${cuda_libs})
   get_filename_component(folder ${lib} DIRECTORY)
   get_filename_component(folder ${folder} REALPATH)

@@ -6,8 +6,8 @@
 
 Fails where
 - a kernel does not compile, spills registers, has a stack frame or touches local memory;
-- a kernel has over 8 registers more than the table says (ptxas versions differ by a few), or more static shared memory or
-  barriers, or is not in the table, or asks for more shared memory than a block may have;
+- a kernel has over 8 registers more than the table says (ptxas versions differ by a few), or more static shared memory
+  or barriers, or is not in the table, or asks for more shared memory than a block may have;
 - an instruction is missing that a kernel is written for (tensor cores, asynchronous copies, accesses of 16 bytes), or
   tensor cores appear where arithmetic is to be fp32;
 - anything is called but the compiler's own helpers (divisions, roots, warps whose lanes have parted).
@@ -41,9 +41,10 @@ SLOWEST = ["attention.cu", "quant_linear.cu"]
 # These decide tokens, and must round as the CPU does: no multiply-add that the source does not spell out.
 NO_FMAD = {"csrc/cache/cuda", "csrc/decode/cuda"}
 
-# Which architectures one front-end pass serves: its PTX was found to be the same for these, and the kernels never ask for
-# __CUDA_ARCH__ (checked below). It takes half of the time of a compilation.
+# Which architectures one front-end pass serves: its PTX was found to be the same for these, and the kernels never ask
+# for __CUDA_ARCH__ (checked below). It takes half of the time of a compilation.
 PASSES = {80: (80, 86, 89), 90: (90,), 100: (100, 120)}
+SAME_CODE = {86: 89}  # but for how a conversion is spelt: not disassembled, which takes a quarter of the time
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def round_up(x: int, to: int) -> int:
     return -(-x // to) * to
 
 
-# --- What the host asks for --------------------------------------------------------------------------------------------
+# --- What the host asks for ------------------------------------------------------------------------------------------
 def quant_shared(_, weights, rows, tiles):
     rows, tiles = int(rows), int(tiles)
     stage = rows * 512 + 8 * tiles * (1024 if weights == "I8" else 544)
@@ -120,7 +121,7 @@ DYNAMIC_SHARED: dict[str, Callable[..., int]] = {
     "plan_kernel": lambda cache: 8192 * 8 if cache == "D2" else 0,
 }
 
-# --- What SASS must have -----------------------------------------------------------------------------------------------
+# --- What SASS must have ---------------------------------------------------------------------------------------------
 HMMA = {"bf16": "HMMA.16816.F32.BF16", "fp16": "HMMA.16816.F32"}
 ASYNC_COPY = "LDGSTS.E.BYPASS.128"
 TENSOR_CORES = {"attention_tile", "head_mean_tile", "quant_linear_kernel"}
@@ -161,8 +162,8 @@ NEEDS: dict[str, Callable[[Kernel], list[str]]] = {
 }
 SPACES = {"LD": ("LD", "LDG"), "ST": ("ST", "STG")}
 
-# What may be called: the compiler's divisions, remainders and roots; its code for shuffles, votes and barriers of a warp
-# whose lanes have parted (a branch around it is taken otherwise); and code that it moved out of line within a kernel.
+# What may be called: the compiler's divisions, remainders and roots; its code for shuffles, votes and barriers of a
+# warp whose lanes have parted (a branch around it is taken otherwise); and code that it moved out of line in a kernel.
 HELPER = re.compile(r"\$__cuda_sm\d+x?_((?:div|rem|dsqrt|sqrt|rcp|drsqrt|shflsync|votesync|warpsync)\w*)$")
 
 
@@ -172,7 +173,7 @@ def serves(opcode: str, need: str) -> bool:
     return base in SPACES.get(wanted, (wanted,)) and set(wanted_parts) <= set(parts)
 
 
-# --- Compiling ---------------------------------------------------------------------------------------------------------
+# --- Compiling -------------------------------------------------------------------------------------------------------
 def find_nvcc() -> str | None:
     home = os.environ.get("CUDA_HOME")
     return (home and shutil.which("nvcc", path=f"{home}/bin")) or shutil.which("nvcc")
@@ -221,7 +222,6 @@ def compile_pass(nvcc: str, nvdisasm: str | None, file: Path, virtual: int, fold
         if done.returncode == 0:
             return done.stdout + done.stderr
         lines = [x for x in (done.stdout + done.stderr).splitlines() if not x.startswith("ptxas info")]
-        lines = [x for x in lines if "0 bytes stack frame, 0 bytes spill" not in x]
         result.problems.append(f"{name} for {command[2]}: " + "\n    ".join(lines[-20:]))
         return None
 
@@ -232,16 +232,17 @@ def compile_pass(nvcc: str, nvdisasm: str | None, file: Path, virtual: int, fold
         result.threads[kernel] = int(threads)
     for arch in PASSES[virtual]:
         cubin = folder / f"{file.stem}.{arch}.cubin"
-        log = run(nvcc, "-cubin", f"-arch=sm_{arch}", *flags, "-Xptxas", "-v,-warn-spills,-Werror", ptx, "-o", cubin)
+        log = run(nvcc, "-cubin", f"-arch=sm_{arch}", *flags, "-Xptxas", "-v", ptx, "-o", cubin)
         result.log += log or ""
-        if log is not None and nvdisasm:
+        if log is not None and nvdisasm and arch not in SAME_CODE:
             result.sass[arch] = run(nvdisasm, "-c", cubin) or ""
     return result
 
 
 ENTRY = re.compile(
     r"Compiling entry function '(?P<name>\w+)' for 'sm_(?P<arch>\d+)\w*'.*?"
-    r"(?P<stack>\d+) bytes stack frame.*?Used (?P<registers>\d+) registers, used (?P<barriers>\d+) barriers"
+    r"(?P<frame>(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads).*?"
+    r"Used (?P<registers>\d+) registers, used (?P<barriers>\d+) barriers"
     r"(?:, (?P<shared>\d+) bytes smem)?",
     re.DOTALL,
 )
@@ -252,7 +253,6 @@ INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]
 class Report:
     kernels: list[Kernel]
     helpers: dict[str, set[str]]  # by file: what is called
-    disassembled: bool
     problems: dict[str, list[str]]  # by check: "compile", "table", "opcodes", "calls"
 
     def all_problems(self) -> list[str]:
@@ -299,8 +299,8 @@ def examine(nvcc: str, nvdisasm: str | None) -> Report:
             kernel.registers[arch] = int(m["registers"])
             kernel.shared[arch] = int(m["shared"] or 0)
             kernel.barriers[arch] = int(m["barriers"])
-            if int(m["stack"]):
-                problems["compile"].append(f"{kernel.title}, sm_{arch}: a stack frame of {m['stack']} bytes")
+            if any(int(m[what]) for what in ("stack", "stores", "loads")):
+                problems["compile"].append(f"{kernel.title}, sm_{arch}: {m['frame']}")
         for arch, text in compiled.sass.items():
             for section in text.split("\t.section\t.text.")[1:]:
                 kernel = named[re.match(r"\w+", section)[0]]
@@ -322,12 +322,15 @@ def examine(nvcc: str, nvdisasm: str | None) -> Report:
             asked, most = k.shared[arch] + k.dynamic_shared, (ARCHITECTURES[arch].shared_kib - 1) * 1024
             if asked > most:
                 problems["table"].append(f"{k.title}, sm_{arch}: {asked} bytes of shared memory, a block has {most}")
-    return Report(result, helpers, nvdisasm is not None, problems)
+    return Report(result, helpers, problems)
 
 
 def check_opcodes(k: Kernel) -> list[str]:
     problems = []
-    for arch, opcodes in k.opcodes.items():
+    for arch in k.registers:
+        if arch in SAME_CODE:
+            continue
+        opcodes = k.opcodes.get(arch, Counter())  # none: its section was not found, and all that it needs is missing
         where = f"{k.title}, sm_{arch}: "
         problems += [
             f"{where}no {need}"
@@ -339,17 +342,19 @@ def check_opcodes(k: Kernel) -> list[str]:
             problems += [f"{where}{o}, in a kernel without tensor cores" for o in tensor]
         elif k.type == "fp16":
             problems += [f"{where}{o} on fp16" for o in tensor if "BF16" in o]
+        if not opcodes:
+            problems.append(f"{where}no instructions were found")
         problems += [f"{where}local memory ({o})" for o in opcodes if o.split(".")[0] in ("LDL", "STL")]
     return problems
 
 
-# --- The table ---------------------------------------------------------------------------------------------------------
+# --- The table -------------------------------------------------------------------------------------------------------
 HEADER = """# Registers, shared memory and resident blocks of the CUDA kernels
 
-Compiled by {version}; **nothing here has run on a GPU**. Written by `python_tests/cuda/check_sass.py --write`, checked by \
-`python_tests/test_cuda_sass.py`: a kernel may have up to {more} registers more than here, since ptxas versions differ. \
-Columns with several numbers are for {archs}; one number holds for all. None of the kernels spills, has a stack frame, or \
-touches local memory. "Dynamic" is the most shared memory in bytes that the host asks for beside the static one; \
+Compiled by {version}; **nothing here has run on a GPU**. Written by `python_tests/cuda/check_sass.py --write`, \
+checked by `python_tests/test_cuda_sass.py`: a kernel may have up to {more} registers more than here, since ptxas \
+versions differ; spills, stack frames and local memory are mistakes. Columns with several numbers are for {archs}; one \
+number holds for all. "Dynamic" is the most shared memory in bytes that the host asks for beside the static one; \
 "blocks" is how many fit a multiprocessor at a time, which follows from threads, registers and shared memory.
 """
 
@@ -364,7 +369,8 @@ def write_table(report: Report, nvcc: str) -> str:
     archs = ", ".join(f"sm_{a}" for a in ARCHITECTURES)
     text = HEADER.format(version=f"nvcc {version[1]}", more=MORE_REGISTERS, archs=archs)
     for file, kernels in itertools.groupby(report.kernels, lambda k: k.file):
-        text += f"\n## {file}\n\nCalls: {', '.join(f'`{h}`' for h in sorted(report.helpers.get(file, []))) or 'nothing'}.\n\n"
+        calls = ", ".join(f"`{h}`" for h in sorted(report.helpers.get(file, []))) or "nothing"
+        text += f"\n## {file}\n\nCalls: {calls}.\n\n"
         text += "| kernel | threads | registers | barriers | static | dynamic | blocks |\n"
         text += "| --- | --: | --: | --: | --: | --: | --: |\n"
         for k in kernels:
@@ -390,8 +396,8 @@ def read_table(text: str) -> dict[tuple[str, str], list[dict[int, int]]]:
 
 def compare(report: Report, table: dict) -> list[str]:
     problems = []
-    known = {(k.file, k.title) for k in report.kernels}
-    problems += [f"{file}: {title} is in the table but no kernel" for file, title in table if (file, title) not in known]
+    gone = table.keys() - {(k.file, k.title) for k in report.kernels}
+    problems += [f"{file}: {title} is in the table but no kernel" for file, title in sorted(gone)]
     for k in report.kernels:
         if (k.file, k.title) not in table:
             problems.append(f"{k.file}: {k.title} is not in the table")
@@ -434,7 +440,7 @@ def main() -> int:
     report = examine(nvcc, nvdisasm) if write else check(nvcc, nvdisasm)
     for problem in report.all_problems():
         print(problem)
-    if write and not report.problems["compile"]:
+    if write and all(k.registers.keys() == ARCHITECTURES.keys() for k in report.kernels):  # all did compile
         TABLE.write_text(write_table(report, nvcc))
     for file, helpers in sorted(report.helpers.items()):
         print(f"{file} calls {', '.join(sorted(helpers))}")

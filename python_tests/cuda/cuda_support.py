@@ -1,7 +1,7 @@
 """Shared by the tests of CUDA kernels: the module under test, 16-bit arrays, and the error rule.
 
-On the emulated device a kernel's arithmetic is checked, not its speed: there, tests say how many bytes a call moves, and
-only on a GPU how fast.
+On the emulated device a kernel's arithmetic is checked, not its speed: there, tests say how many bytes a call moves,
+and only on a GPU how fast.
 """
 
 import numpy as np
@@ -17,6 +17,7 @@ TORCH = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 RESOLUTION = {"float32": 2.0**-23, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 REPEATS = 20  # of a launch, for its time on a GPU
+
 
 def device(backend):
     """Its kernels: an object of cuda_ops.cpp's class Ops."""
@@ -75,11 +76,12 @@ def same_bits(a, b):
     return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
 
 
-def check_error(result, torch_result, reference, dtype, what=""):
+def check_error(result, torch_result, reference, dtype, what="", ulps=4, terms=None):
     """max |result - exact| <= 2 max |torch in the same precision - exact|; returns the ratio of the two.
 
-    torch's error can be small by luck, above all over few elements. So the bound is never below four units in the last
-    place of fp32 (the accumulation), nor one of the result's type, at the largest result.
+    torch's error can be small by luck, above all over few elements. So the bound is never below `ulps` units in the
+    last place of fp32 at the largest sum of |terms| (the accumulation; without `terms`, at the largest result), nor
+    below one of the result's type at the largest result.
     """
     result, other = tensor(result, dtype).double(), torch_result.double()
     assert torch.isfinite(result).all(), what
@@ -87,7 +89,9 @@ def check_error(result, torch_result, reference, dtype, what=""):
         return 0.0
     error, torch_error = ((x - reference).abs().max().item() for x in (result, other))
     scale = reference.abs().max().item()
-    floor = scale * max(4 * RESOLUTION["float32"], RESOLUTION[dtype] if dtype in HALVES else 0)
+    floor = ulps * RESOLUTION["float32"] * (scale if terms is None else terms.max().item())
+    if dtype in HALVES:
+        floor = max(floor, RESOLUTION[dtype] * scale)
     bound = max(2 * torch_error, floor)
     assert error <= bound, f"{what}: error {error:.3g}, torch {torch_error:.3g}, floor {floor:.3g}, scale {scale:.3g}"
     return error / max(torch_error, floor / 2, 1e-300)

@@ -135,16 +135,8 @@ def test_rope_kv_write(cuda, dtype, head_dim, n_heads, n_kv, biased):
     assert is_blank(q_out[rows:])
     for s, (k, v) in enumerate(slabs):
         mine, at = np.flatnonzero(sequence == s), positions[sequence == s]
-        worst = max(
-            worst,
-            check_error(
-                np.ascontiguousarray(k[:, at].transpose(1, 0, 2)),
-                rotated[mine, n_heads:],
-                reference[mine, n_heads:],
-                dtype,
-                "k",
-            ),
-        )
+        stored_k = np.ascontiguousarray(k[:, at].transpose(1, 0, 2))
+        worst = max(worst, check_error(stored_k, rotated[mine, n_heads:], reference[mine, n_heads:], dtype, "k"))
         values = x[mine, n_heads + n_kv :].to(TORCH[dtype])
         assert torch.equal(tensor(np.ascontiguousarray(v[:, at].transpose(1, 0, 2)), dtype), values)
         others = np.setdiff1d(np.arange(capacities[s]), at)
@@ -155,9 +147,7 @@ def test_rope_kv_write(cuda, dtype, head_dim, n_heads, n_kv, biased):
     for i in (0, rows - 1):
         again = [(blank(dtype, *k.shape), blank(dtype, *v.shape)) for k, v in slabs]
         q = blank(dtype, 50, n_heads * head_dim)
-        cuda.rope_kv_write(
-            dtype, qkv[i : i + 1], bias, cos, sin, positions[i : i + 1], sequence[i : i + 1], again, q
-        )
+        cuda.rope_kv_write(dtype, qkv[i : i + 1], bias, cos, sin, positions[i : i + 1], sequence[i : i + 1], again, q)
         s, p = sequence[i], positions[i]
         assert same_bits(q[0], q_out[i]) and is_blank(q[1:])
         assert same_bits(again[s][0][:, p], slabs[s][0][:, p]) and same_bits(again[s][1][:, p], slabs[s][1][:, p])

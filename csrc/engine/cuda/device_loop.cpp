@@ -427,7 +427,7 @@ void DeviceLoop::complete(const GenerateOptions& options, std::vector<Result>& r
     if (r.step != slot.sequence->step() || r.block != slot.sequence->block())
       fail<Error>("the device ran step ", r.step, " in block ", r.block, " where the host expected step ",
                   slot.sequence->step(), " in block ", slot.sequence->block(), ": this is a bug of dllm_ext");
-    if (!r.finite) report_not_finite(flight, r.step);
+    if (!r.finite) report_not_finite(r.step);
     slot.rows = r.rows;
     const auto* tokens = committed_.data() + (flight.ring * slots_.size() + s) * size_t(size_.reads);
     std::vector<Sequence::Committed> committed;
@@ -470,14 +470,15 @@ StepStats DeviceLoop::counters_of(const Slot& slot, const cuda::StepRecord& r, d
   return c;
 }
 
-// The sequence committed nothing, so its plan is the same again: the step is run once more with checks between the layers,
-// to find where it began.
-void DeviceLoop::report_not_finite(const Flight& flight, int64_t step) {
+// The sequence committed nothing, so its plan is the same again: the step is run once more, with room for whatever the others
+// need by now and with checks between the layers, to find where it began.
+void DeviceLoop::report_not_finite(int64_t step) {
   device_.synchronize();
   const std::string where = "at step " + std::to_string(step) + ": ";
+  const cuda::StepNeeds limits{model_.max_rows(), model_.max_out_rows(), model_.max_rows(), model_.max_rows()};
   try {
-    launch_plan(flight.limits);
-    model_.run_layers(flight.shape, /*check_finite=*/true);
+    launch_plan(limits);
+    model_.run_layers(shape_of(limits), /*check_finite=*/true);
   } catch (const NumericalError& e) {
     fail<NumericalError>("the logits are not finite ", where, e.what());
   }

@@ -85,7 +85,7 @@ class DeviceLoop final : public Loop {
   void complete(const GenerateOptions& options, std::vector<Result>& results);
   bool is_full(const Slot& slot, const cuda::StepRecord& record) const;
   StepStats counters_of(const Slot& slot, const cuda::StepRecord& record, double seconds) const;
-  [[noreturn]] void report_not_finite(const Flight& flight, int64_t step);
+  [[noreturn]] void report_not_finite(int64_t step);
 
   const ModelSpec& spec_;
   CudaModel& model_;

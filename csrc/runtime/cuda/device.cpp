@@ -119,8 +119,8 @@ class CudaDevice final : public Device {
     return stream_;
   }
 
-  // The host's copy is pageable memory everywhere in the engine. CUDA first copies that into memory of its own, and returns
-  // no sooner ("API synchronization behavior" in the runtime's manual); it may wait for earlier work of the stream.
+  // The host's copy is pageable memory everywhere in the engine. CUDA first copies that into memory of its own, and
+  // returns no sooner ("API synchronization behavior" in its manual); it may wait for earlier work of the stream.
   void copy_in(void* device, const void* host, size_t bytes) override {
     if (capturing_) fail<UsageError>("copy_in inside capture(): the graph would keep this copy's data");
     if (bytes == 0) return;
@@ -149,9 +149,10 @@ class CudaDevice final : public Device {
     check(cudaEventRecord(event(marks_), stream_), "recording an event");
     return marks_;
   }
-  // By looking again and again with a pause between, because a blocking wait keeps a core busy unless the whole process
-  // has asked CUDA for sleeping waits, and that is not ours to ask. The pause costs nothing: the GPU has the next step
-  // already. An event that has since served a later mark makes this wait longer than it must, never shorter.
+  // By looking again and again with a pause between. CUDA's own wait spins, and the core that it keeps busy may be one
+  // that torch's threads want; or it sleeps until an interrupt (cudaEventBlockingSync), which comes no sooner than a short
+  // pause ends. The pause costs nothing: the GPU has the next step already. An event that has since served a later mark
+  // makes this wait longer than it must, never shorter.
   void wait(Mark mark) override {
     make_current();
     for (;;) {
@@ -201,8 +202,8 @@ class CudaDevice final : public Device {
   };
 
   cudaEvent_t event(Mark mark) const { return events_[mark % events_.size()].event; }
-  // Kernels can be launched only on the calling thread's current device. It stays ours afterwards: where there are several
-  // GPUs, a caller who has chosen another one in torch has to choose it again.
+  // Kernels can be launched only on the calling thread's current device. It stays ours afterwards: where there are
+  // several GPUs, a caller who has chosen another one in torch has to choose it again.
   void make_current() const { check(cudaSetDevice(index_), "choosing the GPU"); }
 
   cudaStream_t stream_;

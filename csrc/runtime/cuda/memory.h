@@ -1,5 +1,5 @@
-// Memory of torch's caching allocator, so that torch and dllm_ext share one pool. What is given back serves later work of
-// the same stream at once, without a wait for the GPU: the stream's order makes that right.
+// Memory of torch's caching allocator, so that torch and dllm_ext share one pool. What is given back serves later work
+// of the same stream at once, without a wait for the GPU: the stream's order makes that right.
 #pragma once
 
 #include <cuda_runtime_api.h>
