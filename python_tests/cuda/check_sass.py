@@ -241,9 +241,9 @@ def compile_pass(nvcc: str, nvdisasm: str | None, file: Path, virtual: int, fold
 
 ENTRY = re.compile(
     r"Compiling entry function '(?P<name>\w+)' for 'sm_(?P<arch>\d+)\w*'.*?"
-    r"(?P<frame>(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads).*?"
-    r"Used (?P<registers>\d+) registers, used (?P<barriers>\d+) barriers"
-    r"(?:, (?P<shared>\d+) bytes smem)?",
+    r"(?P<frame>(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads)"
+    r".*?Used (?P<registers>\d+) registers, used (?P<barriers>\d+) barriers"
+    r"(?:, \d+ bytes cumulative stack size)?(?:, (?P<shared>\d+) bytes smem)?",
     re.DOTALL,
 )
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)(.*)", re.MULTILINE)

@@ -191,7 +191,7 @@ def means(layers, rows, ld, keys, *key):
     ids=lambda b: "-".join(f"{r}x{n}" for r, n in b),
 )
 def test_rollout(cuda, batch, odd):
-    """Layer by layer, against the product of the layers' matrices in fp64, and the CPU's op bit for bit."""
+    """Layer by layer, against the product of the layers' matrices in fp64, and within rounding of the CPU's op."""
     layers, rows, max_keys = 3, sum(r for r, _ in batch), max(n for _, n in batch)
     ld = max_keys + 8 - max_keys % 4 + odd  # rows on multiples of 16 bytes, or not
     mean = np.full((layers, rows, ld), np.nan, np.float32)
@@ -218,8 +218,7 @@ def test_rollout(cuda, batch, odd):
         assert np.abs(c[s, :n] / product.sum(0) - 1).max() < 1e-5
         mine = np.ascontiguousarray(mean[:, begin:end])
         cpu = _C.ops.rollout(mine, positions[begin:end], int(n))
-        difference = np.abs(c[s, :n] / cpu - 1).max()
-        assert difference < 1e-6
+        assert np.abs(c[s, :n] / cpu - 1).max() < 1e-6
         alone = None  # in other company and with another capacity, the same bits
         for layer in reversed(range(layers)):
             out = blank("float32", 1, ld)

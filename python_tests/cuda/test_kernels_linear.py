@@ -58,7 +58,7 @@ def test_quant_linear(cuda, fmt, dtype, n, k):
     worst = 0.0
     for rows, capacity in ROWS:
         x = activations(dtype, rows, k)
-        out = run(cuda, dtype, weight, x, n, capacity, spare_columns=8, rows=min(capacity, 64))
+        out = run(cuda, dtype, weight, x, n, capacity, spare_columns=8)
         assert is_blank(out[rows:])
         precise, single = exact(x, dtype), tensor(x, dtype).float()
         reference, same, terms = precise @ w.T, single @ w.float().T, precise.abs() @ w.T.abs()
@@ -88,18 +88,14 @@ def test_quant_linear_is_as_good_as_torch_on_16_bit_weights(cuda, fmt, dtype):
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_does_not_depend_on_its_company(cuda, fmt, dtype):
-    """Nor on the instantiation that its launch picks, the row it starts at, or the columns that are asked for."""
+    """Nor on the instantiation that its launch picks, its place, or the columns that are asked for."""
     n, k = 96, 576
     weight, _ = quantized(fmt, n, k, key=1)
     x = activations(dtype, 80, k, key=1)
-    whole = np.concatenate([run(cuda, dtype, weight, x[i : i + 64], n) for i in (0, 64)])
+    whole = run(cuda, dtype, weight, x, n)
     for rows in (1, 8, 9, 16, 17, 32, 33, 64):
-        assert same_bits(run(cuda, dtype, weight, x[:rows].copy(), n, rows=rows), whole[:rows]), rows
-    for first, rows in ((64, 64), (3, 8), (16, 30), (79, 1), (80, 5)):
-        out = run(cuda, dtype, weight, x, n, first_row=first, rows=rows)
-        last = min(first + rows, 80)
-        assert same_bits(out[first:last], whole[first:last])
-        assert is_blank(out[:first]) and is_blank(out[last:])
+        assert same_bits(run(cuda, dtype, weight, x[:rows].copy(), n), whole[:rows]), rows
+        assert same_bits(run(cuda, dtype, weight, x[80 - rows :].copy(), n), whole[80 - rows :]), rows
     for begin, end in ((0, 16), (16, 96), (32, 64), (80, -1)):
         width = (n if end < 0 else end) - begin
         out = run(cuda, dtype, weight, x[:20].copy(), width, spare_columns=3, column_begin=begin, column_end=end)
@@ -141,23 +137,22 @@ def test_dense_linear(cuda, dtype, rows, n, k):
 
 
 def test_misuse(cuda):
-    def call(fmt="int8", n=32, k=128, dtype="bfloat16", rows=2, **more):
+    def call(fmt="int8", n=32, k=128, dtype="bfloat16", **more):
         weight = more.pop("weight", None) or _C.quantize(normal(n, k), fmt)
-        cuda.quant_linear(dtype, weight, stored(normal(2, more.pop("x_k", k)), dtype), blank("float32", 2, n + 16),
-                          rows=rows, **more)  # fmt: skip
+        cuda.quant_linear(
+            dtype, weight, stored(normal(2, more.pop("x_k", k)), dtype), blank("float32", 2, n + 16), **more
+        )
 
     call()
     values, scales = _C.quantize(normal(32, 128), "int4")
     for error, message, arguments in [
         (ConfigError, "32 x 96 is not a multiple of 16 x 64", {"k": 96}),
         (ConfigError, "24 x 128 is not a multiple of 16 x 64", {"n": 24, "fmt": "int4"}),
-        (ConfigError, "65 rows are more than 64", {"rows": 65}),
         (ConfigError, "columns", {"column_begin": 8}),
         (ConfigError, "columns", {"column_end": 40}),
         (ConfigError, "columns", {"column_begin": 48}),
         (UsageError, r"x: expected \[2, 128\], got \[2, 64\]", {"x_k": 64}),
         (UsageError, "scales do not belong to the values", {"weight": (values, scales[:, :1].copy())}),
-        (UsageError, "first_row = -1", {"first_row": -1}),
     ]:
         with pytest.raises(error, match=message):
             call(**arguments)

@@ -289,9 +289,9 @@ class Ops {
     run(call, [&] { cuda::rollout(stream(), args); });
   }
 
-  // weight: (values, scales) as quantize() gives them. Rows [first_row, first_row + rows) of x, if there are so many.
+  // weight: (values, scales) as quantize() gives them.
   void quant_linear(const std::string& dtype, const std::pair<Array, Array>& weight, const Array& x, const Array& out,
-                    int32_t rows, int32_t first_row, bool accumulate, int64_t column_begin, int64_t column_end) {
+                    bool accumulate, int64_t column_begin, int64_t column_end) {
     Call call(*device_);
     const DType t = parse_cuda_dtype(dtype);
     const auto& [values, scales] = weight;
@@ -305,7 +305,6 @@ class Ops {
     quant_pack({values.data(), format, n, k, k, scales.data()}, packed.data());
     const int32_t count = size(x), capacity = size(out);
     check_capacity(count, capacity);
-    if (first_row < 0) fail<UsageError>("first_row = ", first_row);
     if (size(out, 1) < end - column_begin) fail<UsageError>("out: ", size(out, 1), " columns");
     const QuantLinearArgs args{call.values(packed, "weights"),
                                format,
@@ -313,11 +312,10 @@ class Ops {
                                k,
                                call.in(t, x, "x", {count, k}),
                                call.count(count),
-                               first_row,
                                call.out<float>(out, "out", {capacity, -1}),
                                size(out, 1),
                                accumulate,
-                               rows,
+                               capacity,
                                column_begin,
                                column_end};
     run(call, [&] { cuda::quant_linear(stream(), t, args); });
@@ -402,7 +400,6 @@ void bind_cuda_ops(py::module_& m) {
       .def("rollout", &Ops::rollout, arg("mean"), arg("sequences"), arg("positions"), arg("max_keys"), arg("c"),
            arg("out"))
       .def("quant_linear", &Ops::quant_linear, arg("dtype"), arg("weight"), arg("x"), arg("out"),
-           arg("rows") = kQuantRows, arg("first_row") = 0, arg("accumulate") = false, arg("column_begin") = 0,
-           arg("column_end") = -1)
+           arg("accumulate") = false, arg("column_begin") = 0, arg("column_end") = -1)
       .def("dense_linear", &Ops::dense_linear, arg("dtype"), arg("w"), arg("x"), arg("out"), arg("accumulate") = false);
 }

@@ -130,10 +130,8 @@ void CudaModel::linear(const CudaLinear& w, const void* x, const ops::cuda::RowL
                             {w.weight.as(), x, out, w.n, w.k, capacity, w.n, accumulate});
     return;
   }
-  for (int32_t r = 0; r < capacity; r += ops::cuda::kQuantRows)
-    ops::cuda::quant_linear(stream(), weights_.info.dtype,
-                            {w.weight.as(), w.format, w.n, w.k, x, rows.count, r, out, w.n, accumulate,
-                             std::min(capacity - r, ops::cuda::kQuantRows)});
+  ops::cuda::quant_linear(stream(), weights_.info.dtype,
+                          {w.weight.as(), w.format, w.n, w.k, x, rows.count, out, w.n, accumulate, capacity});
 }
 
 void CudaModel::run_layers(const StepShape& shape, bool check_finite) {
@@ -242,21 +240,10 @@ void CudaModel::value_projection(const CudaLinear& qkv, const ops::cuda::RowList
                             {w, h_.as(), values_.as<float>(), columns, qkv.k, n, columns, false});
     return;
   }
-  for (int32_t r = 0; r < n; r += ops::cuda::kQuantRows) {
-    ops::cuda::QuantLinearArgs args{qkv.weight.as(),
-                                    qkv.format,
-                                    qkv.n,
-                                    qkv.k,
-                                    h_.as(),
-                                    rows.count,
-                                    r,
-                                    values_.as<float>(),
-                                    columns,
-                                    false,
-                                    std::min(n - r, ops::cuda::kQuantRows)};
-    args.column_begin = begin;
-    ops::cuda::quant_linear(stream(), weights_.info.dtype, args);
-  }
+  ops::cuda::QuantLinearArgs args{qkv.weight.as(), qkv.format,          qkv.n,   qkv.k, h_.as(),
+                                  rows.count,      values_.as<float>(), columns, false, n};
+  args.column_begin = begin;
+  ops::cuda::quant_linear(stream(), weights_.info.dtype, args);
 }
 
 // From the last layer to the first (ops/rollout.h).
@@ -301,22 +288,11 @@ void CudaModel::head_tile(const StepShape& shape, int64_t first, int64_t n, floa
     ops::cuda::dense_linear(stream(), t, {rows, hidden_.as(), out, n, w.k, shape.out_rows, ld, false});
     return;
   }
-  for (int32_t r = 0; r < shape.out_rows; r += ops::cuda::kQuantRows) {
-    ops::cuda::QuantLinearArgs args{w.weight.as(),
-                                    w.format,
-                                    w.n,
-                                    w.k,
-                                    hidden_.as(),
-                                    step_.out_count,
-                                    r,
-                                    out,
-                                    ld,
-                                    false,
-                                    std::min(shape.out_rows - r, ops::cuda::kQuantRows)};
-    args.column_begin = first;
-    args.column_end = first + n;
-    ops::cuda::quant_linear(stream(), t, args);
-  }
+  ops::cuda::QuantLinearArgs args{w.weight.as(),   w.format, w.n, w.k,   hidden_.as(),
+                                  step_.out_count, out,      ld,  false, shape.out_rows};
+  args.column_begin = first;
+  args.column_end = first + n;
+  ops::cuda::quant_linear(stream(), t, args);
 }
 
 // --- Steps that the host plans ------------------------------------------------------------------------------------------

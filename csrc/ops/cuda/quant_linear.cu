@@ -1,4 +1,5 @@
-// W8A16 and W4A16 for up to 64 rows, which the weights' bytes should bound: they are read once, in 16-byte pieces that
+// W8A16 and W4A16 for few rows, up to 64 in a block (more are split, and the weights read anew for each 64), so that the
+// weights' bytes bound it: they are read once, in 16-byte pieces that
 // lie in the order in which the lanes of a warp multiply them (quant_linear_impl.h).
 //
 // A block has eight warps: kParts = 4 divide K, two divide the features, Tiles x 16 to a warp. In a step of 256 terms
@@ -175,7 +176,7 @@ DLLM_DEVICE void multiply_group(const unsigned char* activations, const unsigned
 
 DLLM_DEVICE void store_sum(const LaunchArgs& a, int row, int64_t feature, float sum) {
   if (a.format == WeightFormat::I8) sum *= a.row_scales[feature];
-  float* out = a.out + int64_t(a.first_row + row) * a.ldo + feature;
+  float* out = a.out + int64_t(row) * a.ldo + feature;
   *out = a.accumulate ? *out + sum : sum;
 }
 
@@ -184,7 +185,8 @@ DLLM_KERNEL_OCCUPANCY(kThreads, (Shape<Format, Rows, Tiles>::kBlocks))
 quant_linear_kernel(LaunchArgs a) {
   using S = Shape<Format, Rows, Tiles>;
   DLLM_DYNAMIC_SHARED(unsigned char, shared);
-  const int rows = min(*a.n_rows - a.first_row, a.rows);
+  const int first_row = int(blockIdx.y) * Rows;
+  const int rows = min(min(*a.n_rows, a.rows) - first_row, Rows);
   if (rows <= 0) return;
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
   const int part = warp % kParts, tile_in_block = warp / kParts * Tiles;
@@ -200,7 +202,7 @@ quant_linear_kernel(LaunchArgs a) {
       static_cast<const unsigned char*>(a.weights) + (first_tile * groups + part) * kTileBytes<Format> + lane * 16;
   const int64_t tile_stride = int64_t(groups) * kTileBytes<Format>;
   const unsigned char* next_x =
-      static_cast<const unsigned char*>(a.x) + ((a.first_row + warp) * a.k + lane * 8) * int64_t(sizeof(T));
+      static_cast<const unsigned char*>(a.x) + ((first_row + warp) * a.k + lane * 8) * int64_t(sizeof(T));
   const int64_t x_stride = 8 * a.k * int64_t(sizeof(T));
   const int own_weights = S::kActivationBytes + warp * Tiles * kTileBytes<Format>;
   unsigned char* const to_x = shared + warp * (kStepTerms * 2) + (lane ^ (warp & 1) * 4) * 16;
@@ -272,7 +274,7 @@ quant_linear_kernel(LaunchArgs a) {
     float sum = 0;
     DLLM_UNROLL
     for (int p = 0; p < kParts; ++p) sum += partial[(p * Rows + row) * S::kPartialRow + feature];
-    store_sum(a, row, first_feature + feature, sum * Bytes<T>::kUnit);
+    store_sum(a, first_row + row, first_feature + feature, sum * Bytes<T>::kUnit);
   }
 }
 
@@ -283,13 +285,12 @@ template <WeightFormat Format>
 DLLM_KERNEL(kParts * 32)
 quant_linear_f32_kernel(LaunchArgs a) {
   DLLM_SHARED(float, partial, [kParts][kRowsF32][kTileFeatures]);
-  const int first_row = int(blockIdx.y) * kRowsF32,
-            rows = min(min(*a.n_rows - a.first_row, a.rows) - first_row, kRowsF32);
+  const int first_row = int(blockIdx.y) * kRowsF32, rows = min(min(*a.n_rows, a.rows) - first_row, kRowsF32);
   if (rows <= 0) return;
   const int lane = int(threadIdx.x) % 32, part = int(threadIdx.x) / 32, g = lane / 4, t = lane % 4;
   const int groups = int(a.k / kGroup);
   const TableRegisters table = table_registers(lane);
-  const float* const x = static_cast<const float*>(a.x) + int64_t(a.first_row + first_row) * a.k + t * 8;
+  const float* const x = static_cast<const float*>(a.x) + int64_t(first_row) * a.k + t * 8;
 
   float acc[kRowsF32][2] = {};
   for (int group = part; group < groups; group += kParts) {
@@ -355,7 +356,8 @@ template <class T, WeightFormat Format, int Rows, int Tiles>
 void launch_tiles(Stream stream, const LaunchArgs& a) {
   using S = Shape<Format, Rows, Tiles>;
   launch(stream, Format == WeightFormat::I8 ? "quant_linear_i8" : "quant_linear_i4",
-         quant_linear_kernel<T, Format, Rows, Tiles>, dim3(unsigned((a.n + S::kFeatures - 1) / S::kFeatures)), kThreads,
+         quant_linear_kernel<T, Format, Rows, Tiles>,
+         dim3(unsigned((a.n + S::kFeatures - 1) / S::kFeatures), unsigned((a.rows + Rows - 1) / Rows)), kThreads,
          S::kSharedBytes, a);
 }
 
@@ -404,7 +406,6 @@ void launch_format(Stream stream, DType type, const LaunchArgs& a) {
 
 void quant_linear(Stream stream, DType type, const QuantLinearArgs& args) {
   quant_bytes(args.format, args.n, args.k);  // for its checks
-  if (args.rows > kQuantRows) fail<ConfigError>("quant_linear: ", args.rows, " rows are more than ", kQuantRows);
   const int64_t begin = args.column_begin, end = args.column_end < 0 ? args.n : args.column_end;
   if (begin < 0 || begin > end || end > args.n || begin % kTileFeatures || end % kTileFeatures)
     fail<ConfigError>("quant_linear: columns ", begin, " to ", end, " of ", args.n, " are not multiples of ",

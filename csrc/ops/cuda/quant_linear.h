@@ -11,8 +11,6 @@
 
 namespace dllm::ops::cuda {
 
-inline constexpr int32_t kQuantRows = 64;  // of one launch
-
 // Bytes and contents of a matrix [n, k] in the order the kernel reads it: made on the host, once, from the checkpoint's
 // form (ops/quantize.h). n a multiple of 16, k of 64; ConfigError otherwise. Scales follow the weights.
 size_t quant_bytes(WeightFormat format, int64_t n, int64_t k);
@@ -24,11 +22,10 @@ struct QuantLinearArgs {
   int64_t n, k;
   const void* x;  // T [capacity, k]
   const int32_t* n_rows;
-  int32_t first_row;  // the launch computes rows [first_row, min(first_row + 64, *n_rows))
   float* out;  // [capacity, ldo]
   int64_t ldo;
   bool accumulate;  // out += instead of out =
-  int32_t rows;  // rows of the launch that can be in use, 1 .. 64: picks the instantiation
+  int32_t rows;  // the capacity: sizes the launch. More than 64 are computed 64 at a time, each with all weights
   // Only these output columns (rows of W), multiples of 16; column 0 of `out` is then the first. -1: to the end.
   int64_t column_begin = 0, column_end = -1;
 };

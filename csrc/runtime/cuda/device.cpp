@@ -150,9 +150,9 @@ class CudaDevice final : public Device {
     return marks_;
   }
   // By looking again and again with a pause between. CUDA's own wait spins, and the core that it keeps busy may be one
-  // that torch's threads want; or it sleeps until an interrupt (cudaEventBlockingSync), which comes no sooner than a short
-  // pause ends. The pause costs nothing: the GPU has the next step already. An event that has since served a later mark
-  // makes this wait longer than it must, never shorter.
+  // that torch's threads want; or it sleeps until an interrupt (cudaEventBlockingSync), which comes no sooner than a
+  // short pause ends. The pause costs nothing: the GPU has the next step already. An event that since served a later
+  // mark makes this wait longer than it must, never shorter.
   void wait(Mark mark) override {
     make_current();
     for (;;) {
