@@ -23,10 +23,8 @@ GenerationConfig short_config(CacheKind cache) {
   c.threshold = 0.3;
   c.cache = cache;
   c.stop_at_eos = false;
-  c.d2.current_k = 4;
-  c.d2.rollout_p = 0.3;
-  c.dllm.kp = 5;
-  c.dllm.kr = 3;
+  if (cache == CacheKind::D2) c.d2 = {.rollout_p = 0.3, .current_k = 4};
+  if (cache == CacheKind::DLLM) c.dllm = {.kp = 5, .kr = 3};
   return c;
 }
 

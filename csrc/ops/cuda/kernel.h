@@ -20,6 +20,7 @@
 
 #include "runtime/error.h"
 #define DLLM_KERNEL(max_threads) __global__ void __launch_bounds__(max_threads)
+// Blocks that are to fit a multiprocessor. With 1, no register is given up, and spilled, for the sake of a second one.
 #define DLLM_KERNEL_OCCUPANCY(max_threads, min_blocks) __global__ void __launch_bounds__(max_threads, min_blocks)
 #define DLLM_DEVICE __device__ __forceinline__
 // A pointer to the block's dynamic shared memory.

@@ -94,7 +94,7 @@ struct Shape {
   static constexpr int kActivationBytes = Rows * kStepTerms * 2;
   static constexpr int kStageBytes = kActivationBytes + kThreads / 32 * Tiles * kTileBytes<Format>;
   // Of a multiprocessor: what registers leave room for.
-  static constexpr int kBlocks = Rows * Tiles < 128 && (Format == WeightFormat::I8 || Rows < 32) ? 2 : 1;
+  static constexpr int kBlocks = Rows * Tiles < (Format == WeightFormat::I8 ? 128 : 64) ? 2 : 1;
   static constexpr int kStages = std::min(4, kMaxShared / kStageBytes);
   // Partial sums [kParts][Rows][kFeatures + 4]: the 4 keep the 8 features x 4 pairs of rows that a warp stores apart.
   static constexpr int kPartialRow = kFeatures + 4;
@@ -282,7 +282,7 @@ quant_linear_kernel(LaunchArgs a) {
 constexpr int kRowsF32 = 8;  // of a block
 
 template <WeightFormat Format>
-DLLM_KERNEL(kParts * 32)
+DLLM_KERNEL_OCCUPANCY(kParts * 32, 1)
 quant_linear_f32_kernel(LaunchArgs a) {
   DLLM_SHARED(float, partial, [kParts][kRowsF32][kTileFeatures]);
   const int first_row = int(blockIdx.y) * kRowsF32, rows = min(min(*a.n_rows, a.rows) - first_row, kRowsF32);
