@@ -3,7 +3,7 @@
 
     python csrc/cuda_emulator/seeded_bugs.py [FILTER] [--build-dir DIR] [--jobs N]
 
-csrc/cuda_emulator/bugs/NAME.json lists mistakes of csrc/ops/cuda/NAME.cu:
+csrc/cuda_emulator/bugs/NAME.json lists mistakes of NAME.cu, in csrc/ops/cuda, cache/cuda or decode/cuda:
     [{"name": ..., "find": text that is once in the file, "replace": ..., "caught_by": CHECK}]
 CHECK is "order" (outputs differ between schedules), "numbers" (an expectation of a case), "sanitizer" (ASan, UBSan),
 "race" (races, uninitialised memory) or "accesses" (a budget of sectors or banks). The clean kernels must pass first.
@@ -98,11 +98,19 @@ def run(command, timeout=None):
     return p.returncode, p.stdout
 
 
+def kernel_source(family):
+    for folder in ("ops", "cache", "decode"):
+        source = CSRC / folder / "cuda" / f"{family}.cu"
+        if source.exists():
+            return source
+    raise Failure(f"there is no {family}.cu")
+
+
 class Builder:
     def __init__(self, folder, compiler):
         self.folder, self.compiler = folder, compiler
-        headers = [*CSRC.glob("cuda_emulator/*.h"), *CSRC.glob("ops/cuda/*.h"), *CSRC.glob("ops/*.h")]
-        headers += CSRC.glob("runtime/*.h")
+        headers = [*CSRC.glob("cuda_emulator/*.h"), *CSRC.glob("*/cuda/*.h"), *CSRC.glob("ops/*.h")]
+        headers += [*CSRC.glob("runtime/*.h"), *CSRC.glob("decode/*.h")]
         self.newest_header = max(h.stat().st_mtime for h in headers)
 
     def compile(self, kind, source, out, watched):
@@ -125,7 +133,7 @@ class Builder:
         return self.compile(kind, EMULATOR / f"cases/{family}.cpp", self.folder / kind / f"{family}.cases.o", True)
 
     def kernels(self, kind, family, source=None):
-        source = source or CSRC / f"ops/cuda/{family}.cu"
+        source = source or kernel_source(family)
         if source.is_relative_to(CSRC):
             return self.compile(kind, source, self.folder / kind / f"{family}.kernels.o", True)
         return self.compile(kind, source, source.with_suffix(".o"), True)
@@ -160,11 +168,12 @@ def check_clean(builder, kind, family):
 def try_bug(builder, bug):
     """(caught, the first line that says so)"""
     kind, words = CHECKS[bug.caught_by]
-    text = (CSRC / f"ops/cuda/{bug.family}.cu").read_text()
+    original = kernel_source(bug.family)
+    text = original.read_text()
     if text.count(bug.find) != 1:
         return False, f"the text to replace is {text.count(bug.find)} times in {bug.family}.cu"
     folder = builder.folder / "bugs" / bug.family / bug.name.replace(" ", "_").replace("/", "_")
-    source = folder / f"csrc/ops/cuda/{bug.family}.cu"  # reports name what follows csrc/
+    source = folder / original.relative_to(ROOT)  # reports name what follows csrc/
     source.parent.mkdir(parents=True, exist_ok=True)
     source.write_text(text.replace(bug.find, bug.replace))
     try:

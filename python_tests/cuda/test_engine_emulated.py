@@ -18,7 +18,7 @@ from emulated_engine import Pair, facts, load_module
 from reference import quantized
 from safetensors.torch import load_file, save_file
 
-from dllm_ext import D2Cache, DLLMCache, DualCache, GenerationConfig, PrefixCache
+from dllm_ext import D2Cache, DLLMCache, DualCache, GenerationConfig, PrefixCache, TokenFrequencies
 from dllm_ext.config import native_fields
 from dllm_ext.errors import ConfigError, Interrupted, NumericalError
 from dllm_ext.quantize import quantize
@@ -117,6 +117,17 @@ def test_host_loop(pair_of, family, cache, decoder):
     batch_size = 1 if decoder == "quirks" else 8  # the released code pads batches of equal lengths only
     settings = SHORT | HOST_DECODERS[decoder]
     agree(pair_of(family).generate(PROMPTS, cache=CACHES[cache], batch_size=batch_size, **settings))
+
+
+def test_token_frequencies(pair_of):
+    """PC-Sampler's table lies on the device."""
+    pair = pair_of("llada")
+    frequencies = np.random.default_rng(0).dirichlet(np.ones(pair.cpu.spec.vocab_size)).tolist()
+    agree(
+        pair.generate(
+            PROMPTS, cache="dual", num_transfer_tokens=2, token_frequencies=TokenFrequencies(frequencies), **SHORT
+        )
+    )
 
 
 @pytest.mark.parametrize("cache", ["none", "prefix", "dual", "dllm", "d2"])

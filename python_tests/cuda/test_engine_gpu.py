@@ -1,4 +1,4 @@
-"""Rung 5, for a person with a GPU: the engine on it against the CPU, in fp32 token for token. Nobody has run this yet."""
+"""Rung 5, for a person with a GPU: the engine on it against the CPU, token for token in fp32. Never run so far."""
 
 import models
 import pytest

@@ -22,26 +22,21 @@ int32_t bucket(int32_t rows, int32_t most) {
   return std::min((rows + to - 1) / to * to, most);
 }
 
-// However generate() ends, nothing that is under way may outlive the memory it works on.
-class Drain {
- public:
-  explicit Drain(Device& device) : device_(device) {}
-  ~Drain() {
-    try {
-      device_.synchronize();
-    } catch (const Error&) {  // it was reported where it happened
-    }
-  }
-
- private:
-  Device& device_;
-};
-
 }  // namespace
 
 std::unique_ptr<Loop> make_device_loop(const ModelSpec& spec, Model& model) {
   if (model.device().is_cpu()) return nullptr;
   return std::make_unique<DeviceLoop>(spec, static_cast<CudaModel&>(model));
+}
+
+// However generate() ends, nothing that is under way outlives the memory it works on.
+DeviceLoop::Cleanup::~Cleanup() {
+  try {
+    loop.device_.synchronize();
+  } catch (const Error&) {  // it was reported where it happened
+  }
+  loop.flights_.clear();
+  loop.slots_.clear();
 }
 
 DeviceLoop::DeviceLoop(const ModelSpec& spec, CudaModel& model) : spec_(spec), model_(model), device_(model.device()) {
@@ -55,7 +50,7 @@ bool DeviceLoop::supports(const GenerationConfig& config) const {
 
 std::vector<Result> DeviceLoop::generate(const std::vector<std::vector<int32_t>>& prompts,
                                          const GenerationConfig& config, const GenerateOptions& options) {
-  const Drain drain(device_);
+  const Cleanup cleanup{*this};
   prepare(prompts, config, options);
   std::vector<Result> results(prompts.size());
   size_t next = 0;

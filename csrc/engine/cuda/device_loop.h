@@ -51,6 +51,10 @@ class DeviceLoop final : public Loop {
     std::vector<std::unique_ptr<Sequence>>
         retired;  // finished while it was under way: it may still write to their slabs
   };
+  struct Cleanup {
+    DeviceLoop& loop;
+    ~Cleanup();
+  };
   // What of a call's settings is baked into launches, beside shapes.
   struct LaunchConfig {
     ops::RowStatsParams params;

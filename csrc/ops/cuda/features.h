@@ -41,7 +41,8 @@ void verify_values(Stream stream, DType type, const VerifyValuesArgs& args);
 // What a layer does with a sequence's rows, set by the step's plan.
 struct LayerPlan {
   int32_t refresh_prompt, refresh_response;  // every row of the part is computed
-  int32_t n_verify;  // otherwise, of the response: this many rows with the least similarity; -1: none, and no similarity
+  int32_t
+      n_verify;  // otherwise, of the response: this many rows with the least similarity; -1: none, and no similarity
 };
 
 // The step's rows -> those the layer computes, and the others; both ascending, sequence by sequence.

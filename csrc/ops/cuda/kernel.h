@@ -36,9 +36,9 @@
 #define DLLM_KERNEL_OCCUPANCY(max_threads, min_blocks) static void
 #define DLLM_DEVICE inline
 #define DLLM_DYNAMIC_SHARED(T, name) T* name = reinterpret_cast<T*>(::dllm::emu::dynamic_shared())
-#define DLLM_SHARED(T, name, dimensions)   \
-  static char name##_key;                  \
-  typedef T name##_type dimensions;        \
+#define DLLM_SHARED(T, name, dimensions) \
+  static char name##_key;                \
+  typedef T name##_type dimensions;      \
   name##_type& name = *reinterpret_cast<name##_type*>(::dllm::emu::static_shared(&name##_key, sizeof(name##_type), 16))
 #define DLLM_UNROLL
 #endif
@@ -66,7 +66,8 @@ void launch(Stream stream, const char* name, void (*kernel)(P...), dim3 grid, di
   if (dynamic_shared > 48 * 1024) {
     const cudaError_t e =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(dynamic_shared));
-    if (e != cudaSuccess) fail<Error>("CUDA kernel ", name, ": ", dynamic_shared, " bytes of shared memory: ", cudaGetErrorString(e));
+    if (e != cudaSuccess)
+      fail<Error>("CUDA kernel ", name, ": ", dynamic_shared, " bytes of shared memory: ", cudaGetErrorString(e));
   }
   kernel<<<grid, block, dynamic_shared, static_cast<cudaStream_t>(stream)>>>(args...);
   const cudaError_t e = cudaGetLastError();
