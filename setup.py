@@ -1,6 +1,6 @@
 """Runs CMake and Ninja for setuptools. Project metadata is in pyproject.toml; what is built is in CMakeLists.txt.
 
-Environment: CXX (compiler), CUDACXX or CUDA_HOME (nvcc), TORCH_CUDA_ARCH_LIST (cmake/cuda.cmake), MAX_JOBS (parallel
+Environment: CXX (compiler), CUDACXX or CUDA_HOME (nvcc), TORCH_CUDA_ARCH_LIST (csrc/cuda.cmake), MAX_JOBS (parallel
 compilations), DLLM_CMAKE_ARGS (more arguments for cmake; -DDLLM_WITH_CUDA=OFF builds for CPUs alone).
 """
 

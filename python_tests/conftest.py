@@ -18,6 +18,16 @@ from dllm_ext import Engine, cli
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+
+@pytest.fixture(scope="session", params=["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
+def cuda(request):
+    """The kernels of csrc/ops/cuda on a device (csrc/bindings/cuda/cuda_ops.cpp): one body for the emulated device and,
+    with pytest -m gpu, a real one."""
+    import cuda_support  # beside the tests that ask for it
+
+    return cuda_support.device(request.param)
+
+
 # The chat templates of the published tokenizer_config.json files (Dream's without its tool calls).
 LLADA_TEMPLATE = (
     "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header_id|>' + "
