@@ -186,6 +186,7 @@ plan_kernel(PlanArgs a) {
   if (!goes_on) {
     if (!first_thread) return;
     a.row_count[slot] = a.read_count[slot] = a.live_count[slot] = a.verified_count[slot] = 0;
+    a.layer_plans[slot] = {0, 0, -1};
     if (q.active) a.states[slot].finished = 1;
     return;
   }

@@ -249,7 +249,7 @@ StepNeeds check(emu::Case& c, const Policy& policy, std::vector<Sequence>& seque
   a.chosen = c.device<uint8_t>(2 * lists), a.sort_keys = c.device<uint64_t>(size_t(n) * sort_slots(max_length));
   for (int32_t** count : {&a.row_count, &a.read_count, &a.live_count, &a.verified_count})
     *count = c.device<int32_t>(size_t(n));
-  a.layer_plans = c.upload(std::vector<LayerPlan>(size_t(n)));
+  a.layer_plans = c.device<LayerPlan>(size_t(n));
 
   StepMemory m{};
   for (ops::cuda::RowList* list : {&m.step, &m.verified})
