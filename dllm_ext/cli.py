@@ -315,7 +315,7 @@ def _facts():
         "instruction set": native["isa"],
         "instruction sets available": native["isas"],
         "threads": native["threads"],
-        "CUDA": "built" if _build_info.CUDA else _build_info.CUDA_REASON,
+        "CUDA": f"built: {_build_info.CUDA_REASON}" if _build_info.CUDA else _build_info.CUDA_REASON,
         "bundled models": [f"{name} ({folder})" for name, folder in BUNDLED.items()],
         "model cache": huggingface_hub.constants.HF_HUB_CACHE,
     }

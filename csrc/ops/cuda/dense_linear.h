@@ -1,4 +1,4 @@
-// y = x W^T in floating point: cuBLASLt through ATen's handle (dense_linear.cpp). The emulator replaces this op, and no
+// y = x W^T in floating point: cuBLAS through ATen's handle (dense_linear.cpp). The emulator replaces this op, and no
 // other, by plain loops (cuda_emulator/dense_linear.cpp).
 #pragma once
 
