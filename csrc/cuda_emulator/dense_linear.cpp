@@ -1,4 +1,4 @@
-// The emulator's stand-in for cuBLASLt: products and sums in fp32, terms in order.
+// The emulator's stand-in for cuBLAS: products and sums in fp32, terms in order.
 #include "ops/cuda/dense_linear.h"
 
 #include <vector>

@@ -1,4 +1,4 @@
-// The weights of a model in device memory: linear layers as [n, k] rows of the model's type for cuBLASLt, or packed in
+// The weights of a model in device memory: linear layers as [n, k] rows of the model's type for cuBLAS, or packed in
 // 8 or 4 bits (ops/cuda/quant_linear.h); norms, biases and rotary tables in fp32.
 #pragma once
 
