@@ -130,4 +130,18 @@ struct CaseEntry {
 };
 std::vector<CaseEntry>& registered_cases();
 
+// The element types of kernels: float, bf16, half.
+template <class T>
+constexpr DType type_of() {
+  return std::is_same_v<T, float> ? DType::F32 : std::is_same_v<T, bf16> ? DType::BF16 : DType::F16;
+}
+
+// f<T>() for every element type.
+template <class F>
+void all_types(F&& f) {
+  f.template operator()<float>();
+  f.template operator()<bf16>();
+  f.template operator()<half>();
+}
+
 }  // namespace dllm::emu

@@ -8,7 +8,6 @@ import collections
 import contextlib
 import functools
 import itertools
-import tempfile
 
 import models
 import numpy as np
@@ -173,33 +172,18 @@ def test_graphs_change_nothing(monkeypatch, tmp_path, cache):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("quantization", [None, "int8", "int4"])
-def test_16_bit_and_quantised(pair_of, dtype, quantization):
+def test_16_bit_and_quantised(tmp_path, dtype, quantization):
     """No token parity with the CPU is promised here; the pipeline runs, in two schedules with the same bits."""
-    shape = {
-        "d_model": 128,
-        "n_heads": 2,
-        "n_kv_heads": 2,
-        "mlp_hidden_size": 192,
-        "vocab_size": 304,
-        "embedding_size": 304,
-    }
-    folder_pair = _Cuda(pair_of, dtype, quantization, shape)
+    shape = dict(d_model=128, n_heads=2, n_kv_heads=2, mlp_hidden_size=192, vocab_size=304, embedding_size=304)
+    engine = module.Engine(
+        str(models.write_model(tmp_path / "model", "llada", **shape)), dtype, quantization, None, "cuda"
+    )
+    fields = _native(SHORT | {"gen_length": 8, "threshold": 0.5, "cache": "d2"})
     results = []
     for order in ("fifo", "random"):
         module.emulator.configure(order=order, seed=9)
-        results.append(folder_pair.generate(cache="d2", **(SHORT | {"gen_length": 8, "threshold": 0.5})))
+        results.append([facts(r) for r in engine.generate(PROMPTS, False, *fields, 8)])
     assert results[0] == results[1]
-
-
-class _Cuda:
-    """An engine on the emulated device alone: the CPU has no float16."""
-
-    def __init__(self, pair_of, dtype, quantization, shape):
-        folder = models.write_model(tempfile.mkdtemp(), "llada", **shape)
-        self.engine = module.Engine(str(folder), dtype, quantization, None, "cuda")
-
-    def generate(self, **settings):
-        return [facts(r) for r in self.engine.generate(PROMPTS, False, *_native(settings), 8)]
 
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])

@@ -8,13 +8,11 @@ namespace dllm {
 namespace {
 
 using namespace ops::cuda;
+using emu::all_types;
 using emu::bf16;
 using emu::half;
+using emu::type_of;
 
-template <class T>
-constexpr DType type_of() {
-  return std::is_same_v<T, float> ? DType::F32 : std::is_same_v<T, bf16> ? DType::BF16 : DType::F16;
-}
 // Half a unit in the last place of a number near 1, and a little for fp32's own rounding.
 template <class T>
 constexpr double precision() {
@@ -143,14 +141,6 @@ void silu_mul_case(emu::Case& c, int rows, int capacity, int m) {
     const double gate = x[size_t(r) * 2 * m + i], up = x[size_t(r) * 2 * m + m + i];
     return gate / (1 + std::exp(-gate)) * up;
   });
-}
-
-// f<T>() for every element type.
-template <class F>
-void all_types(F&& f) {
-  f.template operator()<float>();
-  f.template operator()<bf16>();
-  f.template operator()<half>();
 }
 
 void elementwise_embedding(emu::Case& c) {

@@ -12,13 +12,10 @@ namespace dllm {
 namespace {
 
 using namespace ops::cuda;
+using emu::all_types;
 using emu::bf16;
 using emu::half;
-
-template <class T>
-constexpr DType type_of() {
-  return std::is_same_v<T, float> ? DType::F32 : std::is_same_v<T, bf16> ? DType::BF16 : DType::F16;
-}
+using emu::type_of;
 
 // A list as the host knows it.
 struct Rows {
@@ -231,14 +228,6 @@ void choose_case(emu::Case& c, const std::vector<Part>& parts, F&& similarity_of
     c.output(list.row, size_t(capacity));
     c.output(list.position, size_t(capacity));
   }
-}
-
-// f<T>() for every element type.
-template <class F>
-void all_types(F&& f) {
-  f.template operator()<float>();
-  f.template operator()<bf16>();
-  f.template operator()<half>();
 }
 
 void features_kept(emu::Case& c) {

@@ -14,12 +14,8 @@ namespace {
 using namespace ops::cuda;
 using emu::bf16;
 using emu::half;
+using emu::type_of;
 using ops::WeightFormat;
-
-template <class T>
-constexpr DType type_of() {
-  return std::is_same_v<T, float> ? DType::F32 : std::is_same_v<T, bf16> ? DType::BF16 : DType::F16;
-}
 
 // A matrix in the checkpoint's form, packed on the device, and its meaning.
 struct Matrix {

@@ -146,12 +146,10 @@ void DeviceLoop::admit(size_t index, std::unique_ptr<Sequence> sequence) {
   Slot& slot = slots_[index];
   const Canvas& canvas = sequence->canvas();
   const int32_t length = canvas.length();
+  // For the longest at once: a step under way may still read what the slot's last sequence had.
+  if (!slot.memory.bytes())
+    slot.memory = DeviceBuffer(device_, SlotMemory::at(nullptr, size_.length).bytes, "a sequence's state");
   const size_t bytes = SlotMemory::at(nullptr, length).bytes;
-  // The memory of the slot's last sequence may still be read by a step that is under way, though nothing of it counts.
-  if (slot.memory.bytes() < bytes) {
-    device_.synchronize();
-    slot.memory = DeviceBuffer(device_, bytes, "a sequence's state");
-  }
   std::vector<char> staged(bytes);
   SlotMemory host = SlotMemory::at(staged.data(), length), memory = SlotMemory::at(slot.memory.as(), length);
   cuda::SequenceState state{};
@@ -386,14 +384,13 @@ void DeviceLoop::launch(const StepShape& shape, const cuda::StepNeeds& limits) {
 void DeviceLoop::run_or_replay(const StepShape& shape, const cuda::StepNeeds& limits) {
   const NvtxRange range("step");
   if (!uses_graphs_) return launch(shape, limits);
-  const void* memory = model_.memory().tokens;
   const auto same = [&](const CachedGraph& g) {
-    return g.shape == shape && g.limits == limits && g.memory == memory && g.config == launch_config();
+    return g.shape == shape && g.limits == limits && g.generation == model_.generation() && g.config == launch_config();
   };
   const auto known = std::find_if(graphs_.begin(), graphs_.end(), same);
   if (known == graphs_.end()) {
     if (graphs_.size() == kMostGraphs) graphs_.erase(graphs_.begin());
-    graphs_.push_back({shape, limits, launch_config(), memory, nullptr});
+    graphs_.push_back({shape, limits, launch_config(), model_.generation(), nullptr});
     return launch(shape, limits);
   }
   if (!known->graph) known->graph = device_.capture([&] { launch(shape, limits); });

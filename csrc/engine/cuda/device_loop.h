@@ -48,8 +48,8 @@ class DeviceLoop final : public Loop {
     StepShape shape;
     cuda::StepNeeds limits;
     std::vector<const Sequence*> sequences;  // per slot; null: none
-    std::vector<std::unique_ptr<Sequence>>
-        retired;  // finished while it was under way: it may still write to their slabs
+    // Finished while it was under way: it may still write to their slabs.
+    std::vector<std::unique_ptr<Sequence>> retired;
   };
   struct Cleanup {
     DeviceLoop& loop;
@@ -68,7 +68,7 @@ class DeviceLoop final : public Loop {
     StepShape shape;
     cuda::StepNeeds limits;
     LaunchConfig config;
-    const void* memory;  // of the plan it was captured with
+    int64_t generation;  // of the model's memory (an address would not tell: allocators give the same one again)
     std::unique_ptr<Graph> graph;  // null: seen once
   };
 

@@ -65,6 +65,7 @@ void CudaModel::reserve(const StepSize& most) {
 
 void CudaModel::reserve_scratch(const StepCapacity& c, int32_t keys, bool features, bool importance) {
   capacity_ = {};  // if memory runs out half way, the next reserve() begins again
+  ++generation_;
   const size_t rows = size_t(c.rows), d = size_t(spec_.d_model), t = size_of(weights_.info.dtype);
   const size_t q = size_t(spec_.q_columns()), kv = size_t(spec_.kv_columns()), m = size_t(spec_.mlp_hidden);
   const auto take = [&](DeviceBuffer& b, const char* what, size_t n, size_t columns, size_t size) {

@@ -46,6 +46,8 @@ class CudaModel final : public Model {
 
   // For the loop on the device. reserve() first; `shape` within what was reserved.
   const StepMemory& memory() const { return step_; }
+  // Counts up where memory was taken anew: launches that were recorded before then must not be replayed.
+  int64_t generation() const { return generation_; }
   int32_t max_rows() const { return capacity_.rows; }
   int32_t max_out_rows() const { return capacity_.out_rows; }
   int32_t max_sequences() const { return capacity_.sequences; }  // also the stride of what the plan has per layer
@@ -56,7 +58,6 @@ class CudaModel final : public Model {
   int64_t importance_stride() const { return importance_ld_; }
   int64_t layer_weight_bytes() const { return layer_bytes_; }
   int64_t head_weight_bytes() const { return int64_t(weights_.head.weight.bytes()); }
-  const ModelSpec& spec() const { return spec_; }
 
  private:
   void linear(const CudaLinear& w, const void* x, const ops::cuda::RowList& rows, int32_t capacity, float* out,
@@ -80,6 +81,7 @@ class CudaModel final : public Model {
 
   // Plan.
   StepCapacity capacity_;
+  int64_t generation_ = 0;
   int32_t keys_ = 0;
   bool features_ = false, captures_importance_ = false;
   DeviceBuffer step_buffer_;
