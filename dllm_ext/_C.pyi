@@ -75,8 +75,15 @@ class StepEvent:
     """Positions committed by this step, ascending; position 0 is the prompt's first token."""
     token_ids: list[int]
     """Their tokens."""
+    confidences: list[float]
+    """What they were ranked by, before the transforms of `sigma`, `token_frequencies` and `position_decay`. remasking
+    "low_confidence", and "origin", which ranks by nothing: the token's probability, without noise, after guidance and filters
+    (and, schedule "dream", temperature). "topk_margin": p1 - p2; "entropy": -H in nats, at most 0; "random": the random number.
+    0 for a stop id under confidence_eos_eot_inf."""
     rows: int
     """Positions computed for this sequence."""
+    computed: list[int]
+    """These positions, ascending. dLLM-Cache carries some of them past most layers."""
     is_full: bool
     """Whether that was all of them."""
 

@@ -184,6 +184,8 @@ void bind_engine(py::module_& m) {
       .def_readonly("block", &StepEvent::block)
       .def_readonly("positions", &StepEvent::positions)
       .def_readonly("token_ids", &StepEvent::token_ids)
+      .def_readonly("confidences", &StepEvent::confidences)
+      .def_readonly("computed", &StepEvent::computed)
       .def_readonly("rows", &StepEvent::rows)
       .def_readonly("is_full", &StepEvent::is_full);
   py::class_<Result>(m, "Result", py::module_local())

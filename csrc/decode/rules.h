@@ -85,6 +85,7 @@ DLLM_HD inline Proposal propose(const Rules& r, int32_t position, uint32_t step,
   double confidence = 0;
   switch (r.remasking) {
     case Remasking::LowConfidence:
+    case Remasking::Origin:  // reported, and not looked at
       confidence = probability(s.sampled_logit);
       break;
     case Remasking::TopkMargin:
@@ -95,8 +96,6 @@ DLLM_HD inline Proposal propose(const Rules& r, int32_t position, uint32_t step,
       break;
     case Remasking::Random:
       confidence = selection_uniform(r, step, position);
-      break;
-    case Remasking::Origin:
       break;
   }
   if (r.confidence_eos_eot_inf && r.stops(s.sampled_id)) confidence = 0;

@@ -13,7 +13,11 @@ struct StepEvent {
   int64_t block;
   std::vector<int32_t> positions;  // committed by this step, absolute, ascending
   std::vector<int32_t> token_ids;
+  // What the positions were ranked by, before transforms of the score: p(x0) without noise for low_confidence and for origin
+  // (which ranks by nothing), the margin p(1) - p(2), the negative entropy, or the uniform number of remasking random.
+  std::vector<float> confidences;
   int64_t rows;  // computed for this sequence
+  std::vector<int32_t> computed;  // these rows' positions, ascending
   bool is_full;  // every layer computed every position: every cached value is fresh
 };
 

@@ -45,6 +45,8 @@ void Sequence::reserve() {
   for (std::vector<int32_t>* list :
        {&block_positions_, &eligible_, &reads_, &blanks_, &event_.positions, &event_.token_ids})
     list->reserve(editable);
+  event_.confidences.reserve(editable);
+  event_.computed.reserve(size_t(canvas_.length()));
   proposals_.reserve(editable);
   committed_.reserve(editable);
   scores_.reserve(editable);
@@ -227,21 +229,27 @@ const StepEvent& Sequence::commit(const ops::RowStats* reads, const ops::RowStat
                 [&](const Proposal& p) { return !std::binary_search(eligible_.begin(), eligible_.end(), p.position); });
 
   committed_.clear();
-  for (int32_t i : selector_.select(rules_, at_, proposals_))
-    committed_.push_back({proposals_[size_t(i)].position, proposals_[size_t(i)].token});
+  for (int32_t i : selector_.select(rules_, at_, proposals_)) {
+    const Proposal& p = proposals_[size_t(i)];
+    committed_.push_back({p.position, p.token, float(p.confidence)});
+  }
   counters.selection_seconds += selection_seconds_;
-  apply(committed_, int64_t(streams_[0].plan.rows.size()), computes_everything(), counters);
+  const std::vector<int32_t>& rows = streams_[0].plan.rows;
+  apply(committed_, int64_t(rows.size()), rows, computes_everything(), counters);
   policy_->observe(view_of(at_before), {scores_, eligible_, event_.positions, importance});
   return event_;
 }
 
-const StepEvent& Sequence::apply(std::span<const Committed> committed, int64_t rows, bool is_full, StepStats counters) {
+const StepEvent& Sequence::apply(std::span<const Committed> committed, int64_t rows, std::span<const int32_t> computed,
+                                 bool is_full, StepStats counters) {
   event_.sequence = index_;
   event_.step = int64_t(at_.step);
   event_.block = block_;
   event_.positions.clear();
   event_.token_ids.clear();
+  event_.confidences.clear();
   event_.rows = rows;
+  event_.computed.assign(computed.begin(), computed.end());
   event_.is_full = is_full;
   for (const Committed& c : committed) {
     canvas_.tokens[size_t(c.position)] = c.token;
@@ -252,6 +260,7 @@ const StepEvent& Sequence::apply(std::span<const Committed> committed, int64_t r
     if (!guidance_.empty()) guidance_[size_t(c.position)] = {};
     event_.positions.push_back(c.position);
     event_.token_ids.push_back(c.token);
+    event_.confidences.push_back(c.confidence);
   }
   counters.commits = int64_t(committed.size());
   result_.steps.push_back(counters);

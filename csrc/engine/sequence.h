@@ -60,11 +60,14 @@ class Sequence {
   const StepEvent& commit(const ops::RowStats* reads, const ops::RowStats* blanks, std::span<const float> importance,
                           StepStats counters);
 
-  // Takes over what a step has committed, wherever it was chosen. `rows` it computed, all of them where is_full.
+  // Takes over what a step has committed, wherever it was chosen. `rows` it computed, all of them where is_full; `computed`
+  // lists them, or is empty where nobody listens.
   struct Committed {
     int32_t position, token;
+    float confidence;
   };
-  const StepEvent& apply(std::span<const Committed> committed, int64_t rows, bool is_full, StepStats counters);
+  const StepEvent& apply(std::span<const Committed> committed, int64_t rows, std::span<const int32_t> computed,
+                         bool is_full, StepStats counters);
 
   Result take_result();
 

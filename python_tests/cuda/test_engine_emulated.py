@@ -221,23 +221,29 @@ def test_stopping_from_a_callback(pair_of):
     agree(pair.generate(PROMPTS, **SHORT))  # the engine can be used again
 
 
-def test_events_are_those_of_the_cpu(pair_of):
+@pytest.mark.parametrize(
+    ("cache", "decoder"),
+    [
+        *((cache, "threshold") for cache in CACHES),
+        *(("dual", decoder) for decoder in ("margin", "entropy", "random", "origin", "eos", "prior")),
+    ],
+)
+def test_events_are_those_of_the_cpu(pair_of, cache, decoder):
+    """Everything that on_step is told, in a ragged batch; confidences but for the order of sums in fp32."""
     pair = pair_of("dream")
-    fields = _native(SHORT | {"threshold": 0.5, "cache": "d2"})
-    logs = []
+    fields = _native(SHORT | DECODERS[decoder] | {"cache": CACHES[cache]})
+    logs, confidences = [], []
     for engine in (pair.cpu, pair.cuda):
-        log = []
-        engine.generate(
-            PROMPTS,
-            False,
-            *fields,
-            1,
-            lambda e, log=log: log.append(
-                (e.sequence, e.step, e.block, list(e.positions), list(e.token_ids), e.rows, e.is_full)
-            ),
+        events = []
+        engine.generate(PROMPTS, False, *fields, 2, events.append)
+        events.sort(key=lambda e: (e.sequence, e.step))
+        logs.append(
+            [(e.sequence, e.step, e.block, e.positions, e.token_ids, e.rows, e.computed, e.is_full) for e in events]
         )
-        logs.append(log)
+        confidences.append([c for e in events for c in e.confidences])
+        assert all(e.rows == len(e.computed) and len(e.positions) == len(e.confidences) for e in events)
     assert logs[0] == logs[1]
+    assert confidences[0] == pytest.approx(confidences[1], rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.parametrize("cache", ["dual", "d2", "dllm"])

@@ -196,7 +196,7 @@ int check(emu::Case& c, const Setting& setting, std::vector<Sequence> sequences)
       for (int32_t k : plain_choice(rules, at, proposals)) {
         const Proposal& p = proposals[size_t(k)];
         const size_t position = size_t(p.position);
-        expected.push_back({p.position, p.token});
+        expected.push_back({p.position, p.token, float(p.confidence)});
         tokens[position] = p.token;
         flags[position] = kEditable | kFresh;
         if (rules.stop_at_eos && p.position >= s.prompt && rules.stops(p.token))
@@ -211,7 +211,9 @@ int check(emu::Case& c, const Setting& setting, std::vector<Sequence> sequences)
     for (size_t j = 0; j < max_reads; ++j) {
       const CommittedToken& x = committed[i * max_reads + j];
       if (j < expected.size())
-        c.expect(x.position == expected[j].position && x.token == expected[j].token, "committed");
+        c.expect(x.position == expected[j].position && x.token == expected[j].token &&
+                     x.confidence == expected[j].confidence,
+                 "committed");
       else
         c.expect(x.position == -1 && x.token == -1, "writes beyond the committed");
     }

@@ -113,7 +113,7 @@ commit_kernel(CommitArgs a) {
     int rank = 0;  // by position
     for (int other = 0; other < n_chosen; ++other) rank += chosen[other] < chosen[c];
     const Proposal& p = proposals[chosen[c]];
-    a.committed[list + rank] = {p.position, p.token};
+    a.committed[list + rank] = {p.position, p.token, float(p.confidence)};
     q.tokens[p.position] = p.token;
     q.flags[p.position] = uint8_t((q.flags[p.position] & ~kMasked) | kFresh);
     if (r.stop_at_eos && p.position >= q.prompt_length && r.stops(p.token)) atomicMin(&first_stop[0], p.position);

@@ -72,6 +72,7 @@ struct StepRecord {
 };
 struct CommittedToken {
   int32_t position, token;
+  float confidence;
 };
 
 }  // namespace dllm::cuda

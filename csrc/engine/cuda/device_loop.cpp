@@ -70,7 +70,7 @@ std::vector<Result> DeviceLoop::generate(const std::vector<std::vector<int32_t>>
   for (;;) {
     if (options.interrupt && *options.interrupt) fail<Interrupted>("generation was interrupted");
     const size_t before = flights_.size();
-    submit();
+    submit(options);
     const bool idle = flights_.size() == before;
     if (flights_.empty()) break;
     if (idle || flights_.size() == kRings) complete(options, results);
@@ -125,6 +125,8 @@ void DeviceLoop::prepare(const std::vector<std::vector<int32_t>>& prompts, const
     records_ = Pinned<cuda::StepRecord>(device_, kRings * slots_.size(), "step records");
     committed_ = {};
     committed_ = Pinned<cuda::CommittedToken>(device_, kRings * slots_.size() * size_t(size.reads), "step records");
+    computed_ = {};
+    computed_ = Pinned<int32_t>(device_, kRings * slots_.size() * size_t(size.length), "step records");
     size_ = size;
   }
   device_.fill_zero(memory_.states, slots_.size() * sizeof(cuda::SequenceState));  // no slot is active
@@ -310,7 +312,7 @@ StepShape DeviceLoop::shape_of(const cuda::StepNeeds& limits) const {
 
 // --- Steps ----------------------------------------------------------------------------------------------------------------
 
-void DeviceLoop::submit() {
+void DeviceLoop::submit(const GenerateOptions& options) {
   cuda::StepNeeds n = expected_needs();
   if (n.rows == 0) return;
   if (demanded_) {
@@ -329,6 +331,9 @@ void DeviceLoop::submit() {
   device_.copy_out(records_.data() + first, memory_.commit.records, slots_.size() * sizeof(cuda::StepRecord));
   device_.copy_out(committed_.data() + first * size_t(size_.reads), memory_.commit.committed,
                    slots_.size() * size_t(size_.reads) * sizeof(cuda::CommittedToken));
+  if (options.on_step)
+    device_.copy_out(computed_.data() + first * size_t(size_.length), memory_.plan.rows,
+                     slots_.size() * size_t(size_.length) * sizeof(int32_t));
   flight.mark = device_.mark();
   for (const Slot& slot : slots_) flight.sequences.push_back(slot.sequence.get());
   flights_.push_back(std::move(flight));
@@ -423,8 +428,13 @@ void DeviceLoop::complete(const GenerateOptions& options, std::vector<Result>& r
     slot.rows = r.rows;
     const auto* tokens = committed_.data() + (flight.ring * slots_.size() + s) * size_t(size_.reads);
     std::vector<Sequence::Committed> committed;
-    for (int32_t i = 0; i < r.committed; ++i) committed.push_back({tokens[i].position, tokens[i].token});
-    const StepEvent& event = slot.sequence->apply(committed, r.rows, is_full(slot, r), counters_of(slot, r, seconds));
+    for (int32_t i = 0; i < r.committed; ++i)
+      committed.push_back({tokens[i].position, tokens[i].token, tokens[i].confidence});
+    std::span<const int32_t> computed;
+    if (options.on_step)
+      computed = {computed_.data() + (flight.ring * slots_.size() + s) * size_t(size_.length), size_t(r.rows)};
+    const StepEvent& event =
+        slot.sequence->apply(committed, r.rows, computed, is_full(slot, r), counters_of(slot, r, seconds));
     if (options.on_step && !options.on_step(event)) fail<Interrupted>("on_step asked to stop the generation");
     if (slot.sequence->advance()) continue;
     results[size_t(slot.sequence->index())] = slot.sequence->take_result();

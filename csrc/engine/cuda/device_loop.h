@@ -80,7 +80,7 @@ class DeviceLoop final : public Loop {
   cuda::StepNeeds needs_at(const std::vector<std::optional<Place>>& places) const;
   cuda::StepNeeds expected_needs() const;
   StepShape shape_of(const cuda::StepNeeds& limits) const;
-  void submit();
+  void submit(const GenerateOptions& options);
   void launch_plan(const cuda::StepNeeds& limits);
   void launch_commit();
   void launch(const StepShape& shape, const cuda::StepNeeds& limits);
@@ -110,6 +110,7 @@ class DeviceLoop final : public Loop {
   LoopMemory memory_{};
   Pinned<cuda::StepRecord> records_;  // [rings][sequences]
   Pinned<cuda::CommittedToken> committed_;  // [rings][sequences][reads]
+  Pinned<int32_t> computed_;  // [rings][sequences][length]; brought over where somebody listens
   std::vector<ops::cuda::KvView> slabs_;  // [layers][sequences], as on the device
   std::vector<void*> attention_features_, mlp_features_;
   std::vector<CachedGraph> graphs_;
