@@ -17,7 +17,7 @@ The settings take turns, group of problems by group, so that a machine whose spe
 
 import argparse
 import json
-import math
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +26,9 @@ from data import Problem, final_answer, held_out
 from tqdm import tqdm
 
 from dllm_ext import D2Cache, DLLMCache, Engine
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from evaluation.statistics import mean_and_error, paired_difference
 
 STANDARD = ["k=1", "k=2", "k=4", "k=8", "t=0.95", "t=0.9", "t=0.7", "t=0.5", "t=0.9/prefix", "t=0.9/dual"]
 
@@ -74,13 +77,6 @@ def decoding_fields(setting: str) -> dict:
     return {**fields, "cache": kinds[name](**parameters) if name in kinds else name or "none"}
 
 
-def mean_and_error(values: list[float]) -> tuple[float, float]:
-    """Mean and its standard error."""
-    mean = sum(values) / len(values)
-    spread = sum((value - mean) ** 2 for value in values) / max(1, len(values) - 1)
-    return mean, math.sqrt(spread / len(values))
-
-
 def decode(engines: dict, problems: list[Problem], options: argparse.Namespace) -> dict[str, tuple[list, float]]:
     """Every problem with every setting, taking turns in small groups: results and seconds by setting.
 
@@ -117,8 +113,7 @@ def compare(engines: dict, problems: list[Problem], options: argparse.Namespace)
         layer_rows = sum(sum(result.stats.layer_rows) for result in results)
         baseline = baseline or (right, nfe)
         accuracy, accuracy_error = mean_and_error(right)
-        paired = [mine - its for mine, its in zip(right, baseline[0], strict=True)]
-        difference, difference_error = mean_and_error(paired)
+        difference, difference_error = paired_difference(right, baseline[0])
         rows.append(
             Row(
                 setting=setting,
