@@ -23,7 +23,7 @@ pytest.importorskip("tqdm")
 import numpy as np  # noqa: E402
 import pareto  # noqa: E402
 from evaluation import statistics  # noqa: E402
-from sweep import grid, numbers, page, raw, run, settings, table, tasks  # noqa: E402
+from sweep import grid, numbers, page, raw, run, settings, tasks  # noqa: E402
 
 from dllm_ext import D2Cache, DLLMCache, GenerationConfig  # noqa: E402
 
