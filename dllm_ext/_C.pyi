@@ -77,9 +77,9 @@ class StepEvent:
     """Their tokens."""
     confidences: list[float]
     """What they were ranked by, before the transforms of `sigma`, `token_frequencies` and `position_decay`. remasking
-    "low_confidence", and "origin", which ranks by nothing: the token's probability, without noise, after guidance and filters
-    (and, schedule "dream", temperature). "topk_margin": p1 - p2; "entropy": -H in nats, at most 0; "random": the random number.
-    0 for a stop id under confidence_eos_eot_inf."""
+    "low_confidence", and "origin", which ranks by nothing: the token's probability, without noise, after guidance and
+    filters (and, schedule "dream", temperature). "topk_margin": p1 - p2; "entropy": -H in nats, at most 0; "random":
+    the random number. 0 for a stop id under confidence_eos_eot_inf."""
     rows: int
     """Positions computed for this sequence."""
     computed: list[int]
@@ -140,6 +140,8 @@ class Engine:
 
         The GIL is released.
         """
+    def log_probs(self, sequences: list[list[int]], hidden: list[list[int]]) -> list[list[float]]:
+        """See dllm_ext.Engine.log_probs. The GIL is released."""
 
 def quantize(weight: np.ndarray, format: str, name: str = "weight") -> tuple[np.ndarray, np.ndarray]:
     """(values, scales) of a matrix [n, k], float32 or bfloat16 as uint16, whose rows are contiguous.

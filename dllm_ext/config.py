@@ -240,6 +240,24 @@ def native_fields(config: GenerationConfig) -> dict[str, typing.Any]:
     return fields
 
 
+def flat_config(fields: dict[str, typing.Any]) -> GenerationConfig:
+    """The GenerationConfig of settings side by side, as on the command line.
+
+    fields: its own, and those of a cache by the names of `cache_settings`, where None is "not given".
+
+    ConfigError for a setting of a cache that is not in use, and what GenerationConfig raises.
+    """
+    fields = dict(fields)
+    for cls in CACHES_WITH_SETTINGS:
+        names = cache_settings(cls)
+        given = {name: value for name in names if (value := fields.pop(name, None)) is not None}
+        if fields.get("cache") == cls.name:
+            fields["cache"] = cls(**{names[name].name: value for name, value in given.items()})
+        elif given:
+            raise ConfigError(f'{next(iter(given))} is not allowed without cache = "{cls.name}"')
+    return GenerationConfig(**fields)
+
+
 def cache_settings(cls) -> dict[str, dataclasses.Field]:
     """Name in csrc/decode/config.h and on the command line -> field, of DLLMCache or D2Cache."""
     return {f.metadata.get("native", f.name): f for f in dataclasses.fields(cls)}

@@ -215,6 +215,18 @@ class Engine:
         results = [self._result(r, tokenizer) for r in native]
         return results[0] if single else results
 
+    def log_probs(self, sequences: list[list[int]], hidden: list[list[int]]) -> list[list[float]]:
+        """Natural logarithms of the probabilities of hidden tokens: a list for each sequence, in the order of `hidden`.
+
+        sequences: token ids, whole. hidden: for each sequence, ascending positions of it. The model sees the mask at
+        all of them at once, and every other token. The softmax is over the whole vocabulary, in double precision.
+
+        Each sequence is one forward and takes len(hidden) x vocab_size x 4 bytes. Raises InputError, and NumericalError
+        (NaN or infinity in the model).
+        """
+        ids = [[self._check_id(i, p, token) for p, token in enumerate(s)] for i, s in enumerate(sequences)]
+        return self._native.log_probs(ids, [list(h) for h in hidden])
+
     def _config(self, config, fields):
         if config is None:
             return GenerationConfig(**fields)

@@ -60,9 +60,22 @@ class Tokenizer:
         """Whether the folder holds tokenizer files that can be read without running code."""
         return (folder / "tokenizer.json").exists() or (folder / "vocab.json").exists()
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text as it stands. Special tokens may be spelled out, such as `<|mdm_mask|>`."""
-        return self._hf.encode(text)
+    @property
+    def bos(self) -> str:
+        """The beginning-of-text token as the tokenizer spells it; "" where it has none."""
+        return self._hf.bos_token or ""
+
+    @property
+    def chat_template(self) -> str | None:
+        """The chat template in use: the model's own, else its family's."""
+        return self._hf.chat_template or self._template
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Ids of a text as it stands. Special tokens may be spelled out, such as `<|mdm_mask|>`.
+
+        add_special_tokens: with those that the tokenizer itself puts around a text, where it does that.
+        """
+        return self._hf.encode(text, add_special_tokens=add_special_tokens)
 
     def encode_chat(self, messages: list[dict]) -> list[int]:
         """Ids of a conversation, up to where the assistant's next reply starts.
@@ -70,13 +83,26 @@ class Tokenizer:
         messages: [{"role": "system" | "user" | "assistant" | "tool", "content": str}, ...], at least one.
         InputError for anything else, and for a model that has no chat template.
         """
+        return self._apply_template(messages, add_generation_prompt=True, return_dict=False)
+
+    def render_chat(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
+        """A conversation as text: `encode(text, add_special_tokens=False)` gives the ids of encode_chat.
+
+        add_generation_prompt: up to where the assistant's next reply starts; False lets the last message go on.
+        """
+        return self._apply_template(
+            messages,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+
+    def _apply_template(self, messages, **options):
         check_messages(messages)
-        if not self.has_chat_template and self._template is None:
+        if self.chat_template is None:
             raise InputError(f"the model in {self.folder} has no chat template: give text or token ids, not messages")
         try:
-            return self._hf.apply_chat_template(
-                messages, chat_template=self._template, add_generation_prompt=True, return_dict=False
-            )
+            return self._hf.apply_chat_template(messages, chat_template=self._template, **options)
         except Exception as e:  # a template may raise anything (jinja2, its own raise_exception, a missing key)
             raise InputError(f"the chat template of {self.folder} does not take these messages: {e}") from e
 

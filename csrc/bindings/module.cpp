@@ -215,7 +215,9 @@ void bind_engine(py::module_& m) {
                                return names;
                              })
       .def("generate", &generate, py::arg("prompts"), py::arg("infill"), py::arg("config"), py::arg("batch_size"),
-           py::arg("on_step") = py::none());
+           py::arg("on_step") = py::none())
+      .def("log_probs", &Engine::log_probs, py::arg("sequences"), py::arg("hidden"),
+           py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace

@@ -10,20 +10,16 @@
 
 namespace dllm {
 
-namespace {
-
 using Clock = std::chrono::steady_clock;
 
-class RunningMark {
- public:
-  explicit RunningMark(std::atomic<std::thread::id>& id) : id_(id) { id_ = std::this_thread::get_id(); }
-  ~RunningMark() { id_ = std::thread::id(); }
+Engine::Exclusive::Exclusive(Engine& engine, const char* function) : engine_(engine) {
+  if (engine.running_ == std::this_thread::get_id())
+    fail<UsageError>(function, "() was called from within on_step; call it after the running generate() has returned");
+  lock_ = std::unique_lock(engine.mutex_);
+  engine.running_ = std::this_thread::get_id();
+}
 
- private:
-  std::atomic<std::thread::id>& id_;
-};
-
-}  // namespace
+Engine::Exclusive::~Exclusive() { engine_.running_ = std::thread::id(); }
 
 Engine::Engine(const std::string& folder, DType dtype, Quantization quantization, const LoadProgress& progress,
                const std::string& device)
@@ -89,10 +85,7 @@ std::vector<Result> Engine::generate(const std::vector<std::vector<int32_t>>& pr
     fail<ConfigError>("batch_size = ", options.batch_size, " is not allowed: it must be at least 1");
   for (size_t i = 0; i < prompts.size(); ++i) check_prompt(i, prompts[i], config, options.infill);
   if (config.reference_quirks) check_quirks(prompts, config, options);
-  if (running_ == std::this_thread::get_id())
-    fail<UsageError>("generate() was called from within on_step; call it after the running generate() has returned");
-  const std::lock_guard lock(mutex_);
-  const RunningMark mark(running_);
+  const Exclusive exclusive(*this, "generate");
   if (device_loop_ && device_loop_->supports(config)) return device_loop_->generate(prompts, config, options);
 
   // The released d2Cache pads rows to the largest sequence of a fixed batch, whose blocks begin together.

@@ -38,7 +38,24 @@ class Engine {
   std::vector<Result> generate(const std::vector<std::vector<int32_t>>& prompts, const GenerationConfig& config,
                                const GenerateOptions& options = {});
 
+  // Natural logarithms of the probabilities of tokens that are hidden: hidden[i] are ascending positions of sequences[i],
+  // which the model sees masked, all of them at once, beside the other tokens. The softmax is over the whole vocabulary,
+  // in fp64 over fp32 logits. Takes hidden x vocab x 4 bytes.
+  std::vector<std::vector<double>> log_probs(const std::vector<std::vector<int32_t>>& sequences,
+                                             const std::vector<std::vector<int32_t>>& hidden);
+
  private:
+  // Calls take turns; one from within on_step is a UsageError.
+  class Exclusive {
+   public:
+    Exclusive(Engine& engine, const char* function);
+    ~Exclusive();
+
+   private:
+    Engine& engine_;
+    std::unique_lock<std::mutex> lock_;
+  };
+
   Engine(std::unique_ptr<Checkpoint> checkpoint, DType dtype, Quantization quantization, const LoadProgress& progress,
          const std::string& device);
   void check_prompt(size_t index, const std::vector<int32_t>& prompt, const GenerationConfig& config,

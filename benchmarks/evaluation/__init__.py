@@ -1,0 +1,1 @@
+"""What benchmarks/eval.py and benchmarks/pareto.py are made of."""
