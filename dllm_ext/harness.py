@@ -111,7 +111,8 @@ class HarnessModel(LM):
                 raise ConfigError(f"{name} = {getattr(self, name)} is not allowed: it must be at least 1")
         self.is_check_greedy = check_bool("is_check_greedy", is_check_greedy)
         add_bos_token = check_bool("add_bos_token", add_bos_token)
-        self.engine = Engine.from_pretrained(pretrained, device or "auto", dtype, quantization, revision)
+        device = "auto" if device in (None, "cuda:0") else device  # the harness's command says cuda:0 by default
+        self.engine = Engine.from_pretrained(pretrained, device, dtype, quantization, revision)
         if frequencies is not None:
             frequencies = TokenFrequencies.load(frequencies, self.engine.spec.vocab_size)
             self.config = replace(self.config, token_frequencies=frequencies)
@@ -250,7 +251,7 @@ class HarnessModel(LM):
         is_greedy = False
         if self.is_check_greedy and asked:
             config = GenerationConfig.reference(gen_length=len(asked))
-            result = self.engine.generate(given, config)
+            [result] = self.engine.generate([given], config)
             is_greedy = result.token_ids == asked
             forwards += result.nfe
         seconds = time.perf_counter() - begin
