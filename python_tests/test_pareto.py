@@ -25,7 +25,7 @@ import pareto  # noqa: E402
 from evaluation import statistics  # noqa: E402
 from sweep import grid, numbers, page, raw, run, settings, tasks  # noqa: E402
 
-from dllm_ext import D2Cache, DLLMCache, GenerationConfig  # noqa: E402
+from dllm_ext import D2Cache, DLLMCache, Engine, GenerationConfig  # noqa: E402
 
 COSTS = ("seconds", "cpu_seconds")
 
@@ -152,8 +152,10 @@ def test_wrong_settings_say_what_there_is(name, why, tmp_path):
 
 
 def test_other_wrong_arguments(tmp_path, capsys):
-    with pytest.raises(SystemExit, match=r"error: task 'zebra'.*mini-gsm"):
-        pareto.main(["--task", "zebra", "--out", str(tmp_path)])
+    for option in ("-n", "--per-round", "--threads", "--gen-length"):
+        with pytest.raises(SystemExit):
+            pareto.main([option, "0", "--out", str(tmp_path)])
+        assert "0 is not at least 1" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="holds no data"):
         pareto.main(["--draw-only", "--out", str(tmp_path)])
     (tmp_path / raw.FILE).write_text("no data\n")
@@ -332,6 +334,23 @@ def test_mini_gsm_is_scored_as_by_its_own_program():
     assert [e.prompt for e in task.examples] == [p.question for p in held_out(3)]
     assert [task.score(e, e.answer)[task.metric] for e in task.examples] == [1, 1, 1]
     assert task.score(task.examples[0], "no number") == {"exact_match": 0}
+
+
+@pytest.mark.slow
+def test_tasks_of_the_harness(tmp_path):
+    """mini-gsm has the same prompts and scores by way of evaluation/tasks.py, as other tasks go."""
+    pytest.importorskip("lm_eval")
+    pytest.importorskip("hydra")
+    engine = Engine.from_pretrained("mini-llada")
+    theirs, mine = tasks.Harness("mini-gsm", 8, None, engine.tokenizer), tasks.load("mini-gsm", 8)
+    assert theirs.metric == mine.metric
+    for a, b in zip(mine.examples, theirs.examples, strict=True):
+        assert engine.encode(a.prompt) == b.prompt and (a.index, a.until) == (b.index, b.until)
+        for text in (a.answer, a.answer.replace("#### ", "#### 1"), "no number", ""):
+            assert mine.score(a, text)[mine.metric] == theirs.score(b, text)[theirs.metric]
+    for name in ("zebra", "humaneval"):
+        with pytest.raises(SystemExit, match=f"error: task '{name}' does not exist.*gsm8k"):
+            pareto.main(["--task", name, "--out", str(tmp_path)])
 
 
 def test_raw_data_say_the_same_packed_or_not(tmp_path):
