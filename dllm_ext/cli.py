@@ -1,4 +1,4 @@
-"""The command `dllm`: generate, chat, info, bench and quantize.
+"""The command `dllm`: generate, chat, trace, info, bench and quantize.
 
 The options that decode are made from the fields of GenerationConfig and of the caches, one for each.
 """
@@ -9,6 +9,7 @@ import itertools
 import json
 import platform
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -38,6 +39,15 @@ Quantization = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Prompt = Annotated[str | None, typer.Argument(help="The question or text; - or nothing reads it from stdin.")]
+Chat = Annotated[
+    bool | None,
+    typer.Option(
+        "--chat/--plain",
+        help="A chat message, or plain text. Default: chat, unless the model has no template, or --infill.",
+    ),
+]
+Infill = Annotated[bool, typer.Option("--infill", help="Also fill the mask tokens inside the prompt.")]
 Watch = Annotated[bool, typer.Option("--watch", help="Show the canvas filling in, coloured by step (in a terminal).")]
 
 BENCH_PROMPT = "Tom has 3 apples. He buys 4 more. How many apples does Tom have now?"
@@ -118,21 +128,13 @@ def _with_frequencies(config, fields, engine):
 @app.command()
 @generation_options
 def generate(
-    prompt: Annotated[
-        str | None, typer.Argument(help="The question or text; - or nothing reads it from stdin.")
-    ] = None,
+    prompt: Prompt = None,
     model: Model = "mini-llada",
     dtype: DType = "auto",
     quantization: Quantization = None,
     device: Device = "auto",
-    chat: Annotated[
-        bool | None,
-        typer.Option(
-            "--chat/--plain",
-            help="A chat message, or plain text. Default: chat, unless the model has no template, or --infill.",
-        ),
-    ] = None,
-    infill: Annotated[bool, typer.Option("--infill", help="Also fill the mask tokens inside the prompt.")] = False,
+    chat: Chat = None,
+    infill: Infill = False,
     as_json: AsJson = False,
     watch: Watch = False,
     **fields,
@@ -141,9 +143,7 @@ def generate(
     config = _config(fields)
     if as_json and watch:
         raise ConfigError("--json and --watch exclude each other")
-    text = sys.stdin.read().rstrip("\n") if prompt in (None, "-") else prompt
-    if not text:
-        raise InputError("the prompt is empty: give it as an argument or on stdin")
+    text = _text(prompt)
     engine = Engine.from_pretrained(model, device=device, dtype=dtype, quantization=quantization)
     config = _with_frequencies(config, fields, engine)
     ids = engine.encode(text, False if chat is None and infill else chat)
@@ -192,6 +192,34 @@ def chat(
                 print(result.text)
             _print_summary(result)
             messages = [*turn, {"role": "assistant", "content": result.text}]
+
+
+@app.command()
+@generation_options
+def trace(
+    prompt: Prompt = None,
+    output: Annotated[str, typer.Option("--output", "-o", help="The HTML file to write.")] = "trace.html",
+    model: Model = "mini-llada",
+    dtype: DType = "auto",
+    quantization: Quantization = None,
+    device: Device = "auto",
+    chat: Chat = None,
+    infill: Infill = False,
+    **fields,
+):
+    """Generate from one prompt and write an HTML page that plays it: tokens, rows computed, time, step by step."""
+    from .trace import output_file, write_trace
+
+    config = _config(fields)
+    file = output_file(output)  # before a large model is loaded
+    text = _text(prompt)
+    engine = Engine.from_pretrained(model, device=device, dtype=dtype, quantization=quantization)
+    config = _with_frequencies(config, fields, engine)
+    ids = engine.encode(text, False if chat is None and infill else chat)
+    name = None if Path(model).is_dir() else model  # of a path, its last part: pages are passed on
+    result = write_trace(file, engine, ids, config, infill, name)
+    print(f"{file}: {len(result.stats.rows)} steps, {result.stats.tokens} tokens, {file.stat().st_size / 1e3:.0f} kB")
+    _print_summary(result)
 
 
 @app.command()
@@ -269,6 +297,14 @@ def quantize(
     folder = write_quantized(source, destination, to, revision)
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     print(f"{folder}: {to}, {size / 1e6:.1f} MB of weights")
+
+
+def _text(prompt):
+    """The prompt's text, from stdin where it is not an argument."""
+    text = sys.stdin.read().rstrip("\n") if prompt in (None, "-") else prompt
+    if not text:
+        raise InputError("the prompt is empty: give it as an argument or on stdin")
+    return text
 
 
 def _is_watched(watch):
