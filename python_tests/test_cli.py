@@ -354,6 +354,7 @@ def event(step, positions, tokens, block=0, rows=9):
 
     e = Event()
     e.step, e.positions, e.token_ids, e.block, e.rows, e.is_full = step, positions, tokens, block, rows, True
+    e.confidences, e.computed = [1.0] * len(tokens), list(range(rows))
     assert all(hasattr(e, name) for name in dir(StepEvent) if not name.startswith("_"))
     return e
 
