@@ -22,7 +22,7 @@ from pathlib import Path
 import hydra
 from evaluation import journal, results, sandbox
 from evaluation.settings import CONFIGS, Settings, checked_overrides, resolve
-from evaluation.tasks import load
+from evaluation.tasks import load, task_manager
 from lm_eval.evaluator import simple_evaluate
 from omegaconf import DictConfig, OmegaConf
 
@@ -78,6 +78,7 @@ def evaluate(config: DictConfig) -> dict | None:
             found = simple_evaluate(
                 model=model,
                 tasks=tasks,
+                task_manager=task_manager(),
                 num_fewshot=config.dataset.n_shot,
                 limit=config.dataset.size,
                 batch_size=config.batch_size,

@@ -4,6 +4,7 @@ The options that decode are made from the fields of GenerationConfig and of the 
 """
 
 import dataclasses
+import importlib
 import inspect
 import itertools
 import json
@@ -18,7 +19,7 @@ from rich.table import Table
 
 from . import __version__
 from .checks import kinds_of
-from .config import CACHES_WITH_SETTINGS, GenerationConfig, cache_settings, field_docs
+from .config import CACHES_WITH_SETTINGS, GenerationConfig, cache_settings, field_docs, flat_config
 from .engine import Engine
 from .errors import ConfigError, DLLMError, InputError
 from .frequencies import TokenFrequencies
@@ -107,15 +108,7 @@ def _integers(text):
 
 def _config(fields):
     """The GenerationConfig that options ask for, but without token_frequencies, which need the model's vocabulary."""
-    fields = {name: value for name, value in fields.items() if name != "token_frequencies"}
-    for cls in CACHES_WITH_SETTINGS:
-        settings = {name: fields.pop(name) for name in cache_settings(cls)}
-        given = {name: value for name, value in settings.items() if value is not None}
-        if fields["cache"] == cls.name:
-            fields["cache"] = cls(**{cache_settings(cls)[name].name: value for name, value in given.items()})
-        elif given:
-            raise ConfigError(f"--{next(iter(given)).replace('_', '-')} is not allowed without --cache {cls.name}")
-    return GenerationConfig(**fields)
+    return flat_config({name: value for name, value in fields.items() if name != "token_frequencies"})
 
 
 def _with_frequencies(config, fields, engine):
@@ -297,6 +290,23 @@ def quantize(
     folder = write_quantized(source, destination, to, revision)
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     print(f"{folder}: {to}, {size / 1e6:.1f} MB of weights")
+
+
+@app.command(
+    name="lm-eval",
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def lm_eval(context: typer.Context):
+    """Run lm-evaluation-harness's own command, which then knows --model dllm_ext (pip install lm-eval)."""
+    try:
+        from lm_eval.__main__ import cli_evaluate
+
+        importlib.import_module("dllm_ext.harness")  # registers the name
+    except ImportError as e:
+        raise ConfigError(f"lm-evaluation-harness is not installed: {e} (pip install lm-eval)") from None
+    sys.argv = ["dllm lm-eval", *context.args]
+    cli_evaluate()
 
 
 def _text(prompt):

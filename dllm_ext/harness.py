@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
@@ -28,7 +29,7 @@ from tqdm import tqdm
 from .checks import check_bool, check_int
 from .config import GenerationConfig, flat_config
 from .engine import Engine
-from .errors import ConfigError, InputError
+from .errors import ConfigError, InputError, UsageError
 from .frequencies import TokenFrequencies
 
 
@@ -42,12 +43,16 @@ class Processes:
     @classmethod
     def connect(cls) -> "Processes":
         """Those that the launcher's environment speaks of, connected by Accelerate."""
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        expected = int(os.environ.get("WORLD_SIZE", "1"))
+        if expected == 1:
             return cls()
         from accelerate import PartialState
 
-        # One process may have far more to do than another; no answer is awaited in vain, the launcher ends all or none.
-        state = PartialState(timeout=datetime.timedelta(weeks=52))
+        # One process may have far more to do than another; none waits in vain, since the launcher ends all or none.
+        # Without being told, Accelerate connects no processes that have no GPU.
+        state = PartialState(cpu=not torch.cuda.is_available(), timeout=datetime.timedelta(weeks=52))
+        if state.num_processes != expected:
+            raise UsageError(f"Accelerate connected {state.num_processes} of {expected} processes")
         return cls(state.process_index, state.num_processes)
 
     def gather(self, values: list) -> list:

@@ -144,7 +144,7 @@ def test_every_cache_setting_is_an_option(dllm, llada_folder, configs, name):
     assert configs == [GenerationConfig(**fields)]
     other = {"dllm": "d2", "d2": "prefix"}[cache.name]
     line = error_line(dllm("generate", "Hi", "--cache", other, *used[:2]))
-    assert line == f"error: {used[0]} is not allowed without --cache {cache.name}\n"
+    assert line == f'error: {name} is not allowed without cache = "{cache.name}"\n'
 
 
 def test_no_layers_to_refresh_always(dllm, llada_folder, configs):

@@ -96,7 +96,7 @@ class Settings:
     """One evaluation, with nothing left to decide."""
 
     dataset: str
-    task: str  # in the harness, or "own"
+    task: str  # its name in the harness
     metric: str  # the harness's name of what is called accuracy
     is_code: bool
     model: dict  # arguments of HarnessModel but for those of generation
@@ -116,7 +116,7 @@ def resolve(config: DictConfig) -> Settings:
     arguments = {key: model[key] for key in ("device", "dtype", "quantization", "revision", "add_bos_token")}
     return Settings(
         dataset=name,
-        task=task["task"],
+        task=task["task"].rpartition("/")[2],
         metric=task["metric"],
         is_code=task.get("code", False),
         model={"pretrained": model["path"], "batch_size": config.batch_size, "mc_num": config.mc_num, **arguments},

@@ -13,6 +13,7 @@ from pathlib import Path
 from unittest import mock
 
 import datasets
+import lm_eval.tasks
 from lm_eval.api.group import Group
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import Task
@@ -105,21 +106,28 @@ def load(name: str, path: str | None = None, seed: int = 0, execute: bool = Fals
         raise ConfigError(f"dataset.name = {name!r} does not exist; there are: {', '.join(table()['tasks'])}")
     data = read(name, path)
     changes = {"custom_dataset": lambda **_: data}
-    manager = TaskManager()
+    folder, _, of_harness = entry["task"].rpartition("/")
+    manager = task_manager(folder)
     random.seed(seed)  # gpqa shuffles with it
     if entry["task"] == "own":
         spec = {"task": name} | OWN[name](data, execute) | changes
     else:  # within a group, settings are added to those of the harness's files
-        kind = "group" if entry["task"] in manager.all_groups else "task"
-        spec = {"group": "all", "task": [{kind: entry["task"]} | changes]}
+        kind = "group" if of_harness in manager.all_groups else "task"
+        spec = {"group": "all", "task": [{kind: of_harness} | changes]}
     try:
         loaded = manager.load(spec)
     except (KeyError, IndexError) as e:
         raise InputError(f"the data of {name} has not what the task needs: {e!r}") from e
     for task in loaded["tasks"].values():
         _process_once(task)
-    groups = [g for g in loaded["groups"].values() if g.name == entry["task"]]
+    groups = [g for g in loaded["groups"].values() if g.name == of_harness]
     return groups or list(loaded["tasks"].values())
+
+
+def task_manager(folder: str = "") -> TaskManager:
+    """A manager of one folder of the harness's tasks. To read all ten thousand files takes it several seconds."""
+    paths = [Path(lm_eval.tasks.__file__).parent / folder] if folder else None
+    return TaskManager(include_path=paths, include_defaults=False)
 
 
 def _process_once(task):
@@ -155,9 +163,10 @@ def math_500_task(data, execute):
     Its prompts and normal forms do not need it, so they are used; of its two scores, math_verify is the same, and
     exact_match compares normal forms alone, not what sympy reads in them.
     """
+    from math_verify import parse, verify
+
     with mock.patch("importlib.metadata.version", return_value="4.11"):
         minerva = importlib.import_module("lm_eval.tasks.minerva_math.utils")
-    from math_verify import parse, verify
 
     def score(doc, results):
         answer = minerva.normalize_final_answer(minerva.get_unnormalized_answer(results[0]))
