@@ -242,6 +242,53 @@ def test_data_cannot_end_the_page_s_script(tmp_path):
     assert (tmp_path / "page.html").read_text().count("</script>") == 1
 
 
+def test_the_page_in_a_browser(tmp_path):
+    """Hovering, toggling, another axis, sorting; without an error and without asking for anything."""
+    browser = pytest.importorskip("browser")
+    if not browser.find():
+        pytest.skip("needs Chromium")
+    data = numbers.load(write(tmp_path))
+    page.draw(numbers.lines(data), data, tmp_path / "page.html")
+    with browser.Page(browser.find()) as shown:
+
+        def names(selector):
+            return shown.evaluate(f"[...document.querySelectorAll('{selector}')].map(e => e.dataset.name)")
+
+        def filled():
+            names = "[...document.querySelectorAll('.point')].filter(g => g.lastChild.getAttribute('fill') !== '#fff')"
+            return sorted(shown.evaluate(names + ".map(g => g.dataset.name)"))
+
+        shown.open(tmp_path / "page.html")
+        assert sorted(names(".point")) == sorted(SETTINGS)
+        assert names("#all tbody tr") == ["dual/32/t=0.5", "dual/32/t=0.9", "d2/32/t=0.9", "none/32/k=1"]
+        assert filled() == ["dual/32/t=0.5", "dual/32/t=0.9"]
+
+        dot = "document.querySelector('.point[data-name=\"dual/32/t=0.9\"]').lastChild.getBoundingClientRect()"
+        shown.move(*shown.evaluate(f"(b => [b.x + b.width / 2, b.y + b.height / 2])({dot})"))
+        tip = shown.evaluate("document.querySelector('#tip').innerText")
+        assert all(text in tip for text in ("dual/32/t=0.9", "83.3 ± 16.7 %", "Fast-dLLM, dual cache", "75.0 ± 0.0"))
+        assert names("#all tbody tr.on") == ["dual/32/t=0.9"] and len(names(".point.dim")) == 3
+
+        shown.click_on("#caches label:nth-of-type(2) input")  # dual
+        assert sorted(names(".point")) == ["d2/32/t=0.9", "none/32/k=1"]
+        shown.click_on("#decoders label:nth-of-type(1) input")  # tokens per step
+        assert names(".point") == names("#all tbody tr") == filled() == ["d2/32/t=0.9"]
+        shown.click_on("#caches label:nth-of-type(2) input")
+        shown.click_on("#decoders label:nth-of-type(1) input")
+        assert filled() == ["dual/32/t=0.5", "dual/32/t=0.9"]
+
+        # all settings have the same NFE: the most accurate ones alone are left
+        shown.evaluate("(x => { x.value = 'nfe'; x.onchange(); })(document.querySelector('#x'))")
+        assert filled() == ["dual/32/t=0.9", "none/32/k=1"]
+        shown.click_on("#all th:nth-child(2)")  # accuracy, more first
+        assert names("#all tbody tr")[-1] == "dual/32/t=0.5"
+        shown.click_on("#all th:nth-child(2)")
+        assert names("#all tbody tr")[0] == "dual/32/t=0.5"
+        shown.evaluate("(x => { x.value = '0.98'; x.onchange(); })(document.querySelector('#from'))")
+        assert names(".point") == []
+        assert not shown.errors and all(url.startswith(("file:", "about:")) for url in shown.requests)
+
+
 # --- Running -------------------------------------------------------------------------------------
 class Few:
     """A task of token prompts, for models without words."""
