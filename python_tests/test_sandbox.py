@@ -92,7 +92,7 @@ def each_layer(request, layers):
         ("f = lambda: f()\nf()", "RecursionError: "),
         ("raise ValueError('\\x1b[2J\\x07' + 'x' * 1000)", "ValueError:  [2J xxx"),
         ("raise SystemExit('bye')", "left before its end with status 1"),
-        ("import os; os.abort()", "killed by signal 6 (SIGABRT)"),
+        ("import os; os.abort()", "killed by signal "),
         ("x = [0] * 10**9", "out of memory"),
         ("x = 'a' * 10**6\nwhile True: x += x", "out of memory"),
         ("while True: pass", "timed out"),
@@ -289,8 +289,7 @@ def test_the_evaluator_is_out_of_reach(each_layer):
         for target in (os.getppid(), 0, -1, -os.getpid(), 1):
             assert refused(os.kill, target, signal.SIGKILL), target
         assert refused(os.killpg, os.getpgid(os.getppid()), signal.SIGKILL)
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-        os.kill(os.getpid(), signal.SIGUSR1)
+        assert refused(os.kill, os.getpid(), signal.SIGUSR1) and refused(signal.setitimer, signal.ITIMER_REAL, 1)
         r, w = os.pipe()
         F_SETSIG, F_SETOWN_EX = 10, 15  # ask the kernel to send a signal of one's choice
         assert refused(fcntl.fcntl, w, fcntl.F_SETOWN, os.getppid()) and refused(fcntl.fcntl, w, F_SETSIG, 9)
@@ -303,18 +302,18 @@ def test_the_evaluator_is_out_of_reach(each_layer):
     assert before == [resource.getrlimit(which) for which in range(16)]
 
 
-def test_limits_cannot_be_raised():
+def test_limits_cannot_be_changed():
     holds("""
         import resource
         for which in (resource.RLIMIT_AS, resource.RLIMIT_CPU, resource.RLIMIT_NOFILE, resource.RLIMIT_CORE):
             soft, hard = resource.getrlimit(which)
             assert soft == hard != resource.RLIM_INFINITY
-            try:
-                resource.setrlimit(which, (hard + 1, hard + 1))
-            except (ValueError, OSError):
-                continue
-            assert False, which
-        resource.setrlimit(resource.RLIMIT_NOFILE, (10, 10))
+            for limit in (hard + 1, hard - 1, resource.RLIM_INFINITY):
+                try:
+                    resource.setrlimit(which, (limit, limit))
+                except (ValueError, OSError):
+                    continue
+                assert False, which
     """)
 
 
@@ -445,7 +444,7 @@ def runs(pid, parent):
     """Whether it is a child of `parent` that executes a program (and no longer the self-test's setup)."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return int(stat[1]) == parent and b"import collections" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return int(stat[1]) == parent and b"sys.addaudithook" in Path(f"/proc/{pid}/cmdline").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
         return False
 
@@ -516,16 +515,19 @@ print(json.dumps([os.geteuid(), sandbox.protections(), [o.reason for o in sandbo
 # --- The filter, on both processors -----------------------------------------------------------------------------------
 
 SOME_CALLS = {  # numbers from the kernel's tables, not from confine.py
-    "x86_64": {"read": 0, "openat": 257, "socket": 41, "clone": 56, "fork": 57, "kill": 62, "ptrace": 101, "mount": 165,
-               "io_uring_setup": 425, "mkdirat": 258, "execve": 59, "unlinkat": 263, "x32 read": 0x40000000},
-    "aarch64": {"read": 63, "openat": 56, "socket": 198, "clone": 220, "kill": 129, "ptrace": 117, "mount": 40,
-                "io_uring_setup": 425, "mkdirat": 34, "execve": 221, "unlinkat": 35},
+    "x86_64": {"read": 0, "openat": 257, "socket": 41, "clone": 56, "fork": 57, "ptrace": 101, "mount": 165,
+               "io_uring_setup": 425, "mkdirat": 258, "execve": 59, "unlinkat": 263, "prlimit64": 302,
+               "x32 read": 0x40000000},
+    "aarch64": {"read": 63, "openat": 56, "socket": 198, "clone": 220, "ptrace": 117, "mount": 40,
+                "io_uring_setup": 425, "mkdirat": 34, "execve": 221, "unlinkat": 35, "prlimit64": 261},
 }  # fmt: skip
 
 
 def decide(program, architecture, number, *arguments):
     """Execute a BPF program as the kernel would."""
-    words = {0: number, 4: architecture} | {16 + 8 * i: a & 0xFFFFFFFF for i, a in enumerate([*arguments, 0, 0, 0, 0])}
+    words = {0: number, 4: architecture}
+    for i, argument in enumerate([*arguments, 0, 0, 0, 0]):
+        words |= {16 + 8 * i: argument & 0xFFFFFFFF, 20 + 8 * i: argument >> 32 & 0xFFFFFFFF}
     at, value = 0, None
     while True:
         code, yes, no, k = program[at]
@@ -557,7 +559,8 @@ def test_filter(machine):
         assert {ask(name) for name in ("mkdirat", "unlinkat")} == {allow if writable else eperm}
         assert ask("openat", 0, 0, os.O_RDONLY | os.O_CLOEXEC) == allow
         assert ask("openat", 0, 0, os.O_WRONLY) == ask("openat", 0, 0, os.O_TRUNC) == (allow if writable else erofs)
-        assert ask("kill", os.getpid()) == allow and ask("kill", os.getppid()) == ask("kill", -1) == eperm
+        assert ask("prlimit64", 0, 7, 0, 1 << 46) == ask("prlimit64", 1, 7, 0, 0) == allow
+        assert ask("prlimit64", 0, 7, 1, 0) == ask("prlimit64", 0, 7, 0xFFF << 32, 0) == eperm
         assert decide(program, architecture ^ 1, calls["read"]) == confine.KILL
         if machine == "x86_64":
             assert ask("x32 read") == confine.KILL

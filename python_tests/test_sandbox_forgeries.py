@@ -36,7 +36,11 @@ FORGERIES = {
         collections.deque = functools.partial = lambda *_, **__: sys.exit(0)
         sys.modules.clear()
     """,
-    "a handler of signals": "import os, signal; signal.signal(signal.SIGALRM, lambda *_: os._exit(0)); signal.alarm(1)",
+    "a signal's handler": """
+        import os, signal
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+        signal.raise_signal(signal.SIGTERM)
+    """,
     "closed pipes": "import os; os.closerange(1, 64)",
     "noise in all pipes": """
         import os
@@ -66,7 +70,7 @@ FORGERIES = {
         import __main__, os, sys
         for fd in range(3, 64):
             try:
-                [call() for call in __main__.calls(fd)]
+                os.write(fd, __main__.token())
             except Exception:
                 pass
         sys.exit(0)
@@ -126,10 +130,23 @@ while todo:
 """
 
 
-def test_the_token_is_nowhere_to_be_found():
+def test_the_token_is_nowhere_to_be_found(tmp_path, monkeypatch):
     """All that a program reaches without the gc module: modules, frames, tracebacks, and the attributes of these."""
     outcome = sandbox.run(SEARCH + "assert len(seen) > 5000 and not found, (len(seen), found)", timeout=30)
     assert outcome.passed, outcome.reason
+    # Nor does the gc module find it, would the hook let it.
+    for name in ("confine.py", "runner.py"):
+        text = (BENCHMARKS / "evaluation" / name).read_text()
+        assert name == "confine.py" or "\nsys.addaudithook(refuse)\n" in text
+        (tmp_path / name).write_text(text.replace("\nsys.addaudithook(refuse)\n", "\n"))
+    with monkeypatch.context() as patch:
+        patch.setattr(sandbox, "CONFINE", tmp_path / "confine.py")
+        listed = SEARCH.replace("while todo", "import gc\ngc.collect()\ntodo += gc.get_objects()\nwhile todo")
+        listed = listed.replace(
+            "    if isinstance(x, type)", "    todo += gc.get_referents(x)\n    if isinstance(x, type)"
+        )
+        outcome = sandbox.run(listed + "assert len(seen) > 10000 and not found, (len(seen), found)", timeout=60)
+        assert outcome.passed, outcome.reason
     # The search does find a token that lies about.
     planted = "import functools, os\ndef f(p=[functools.partial(os.write, 9, b'0123456789abcdef' * 2)]): pass\n"
     outcome = sandbox.run(planted + SEARCH + "assert len(found) == 2, found", timeout=30)
@@ -143,6 +160,10 @@ def test_the_token_is_nowhere_to_be_found():
         "import gc, os; gc.get_referrers(os.write)",
         "import gc, sys; gc.unfreeze(); gc.get_referents(sys._getframe())",
         "import ctypes; ctypes.string_at(id(ctypes), 100)",
+        "import _testcapi; _testcapi.get_args",
+        "import _xxsubinterpreters as i; i.run_string(i.create(), '')",
+        "import _interpreters as i; i.run_string(i.create(), '')",
+        "from importlib.util import find_spec\nimport _imp\n_imp.create_dynamic(find_spec('_ctypes'))",
         "import _ctypes; _ctypes.PyObj_FromPtr(id(_ctypes)); _ctypes.dlopen(None, 0)",
         "open('/proc/self/mem', 'rb')",
         "import sys; sys.settrace(print)",
@@ -150,7 +171,8 @@ def test_the_token_is_nowhere_to_be_found():
 )
 def test_the_ways_to_search_memory_are_closed(search):
     outcome = sandbox.run(search)
-    assert not outcome.passed and ("not allowed" in outcome.reason or "Error: [Errno" in outcome.reason)
+    refusals = ("not allowed", "Error: [Errno", "ModuleNotFoundError")
+    assert not outcome.passed and any(refusal in outcome.reason for refusal in refusals), outcome.reason
     # Nor after an attempt to get the hook out of the way.
     tricks = "import builtins\nbuiltins.PermissionError = builtins.ImportError = lambda *_: None\n"
     assert not sandbox.run(tricks + search).passed

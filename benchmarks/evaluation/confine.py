@@ -15,9 +15,9 @@ JSON to the result pipe: the layers that are in force, or the error that made it
    checkout, and no /proc/<pid>/environ of the evaluator. Only the program's folder can be written, if it has one.
 5. Seccomp, always: a list of the system calls that computing needs; all others are refused. The list has no socket, no
    clone (so no processes and no threads: a fork bomb fails at its first fork, the memory limit holds for the whole
-   program, and killing one process kills all of it), no mount, ptrace, keyctl, bpf, io_uring, chmod; signals can be
-   sent to oneself only. Without a tmpfs or without Landlock's control of truncation (Linux 6.2) it also refuses to open
-   anything for writing.
+   program, and killing one process kills all of it), no mount, ptrace, keyctl, bpf, io_uring, chmod. It has no kill and
+   no timers, not even for oneself: a signal handler is a way to run code in the middle of runner.py's hook. Without a
+   tmpfs or without Landlock's control of truncation (Linux 6.2) it also refuses to open anything for writing.
 
 Seccomp is required. One of Landlock and namespaces is required too: without both, the program could read the
 environment of the evaluator, with its API tokens, from /proc.
@@ -51,8 +51,8 @@ futex 202 98, set_robust_list 273 99, get_robust_list 274 100, set_tid_address 2
 arch_prctl 158 -, getrandom 318 278, getcpu 309 168, sched_yield 24 124, sched_getaffinity 204 123,
 sched_getparam 143 121, sched_getscheduler 145 120,
 rt_sigaction 13 134, rt_sigprocmask 14 135, rt_sigreturn 15 139, rt_sigsuspend 130 133, rt_sigpending 127 136,
-rt_sigtimedwait 128 137, sigaltstack 131 132, pause 34 -, restart_syscall 219 128, alarm 37 -, getitimer 36 102,
-setitimer 38 103, nanosleep 35 101, clock_nanosleep 230 115, clock_gettime 228 113, clock_getres 229 114,
+rt_sigtimedwait 128 137, sigaltstack 131 132, pause 34 -, restart_syscall 219 128, getitimer 36 102,
+nanosleep 35 101, clock_nanosleep 230 115, clock_gettime 228 113, clock_getres 229 114,
 gettimeofday 96 169, time 201 -, times 100 153,
 getpid 39 172, getppid 110 173, gettid 186 178, getuid 102 174, geteuid 107 175, getgid 104 176, getegid 108 177,
 getgroups 115 158, getresuid 118 148, getresgid 120 150, getpgid 121 155, getpgrp 111 -, getsid 124 156,
@@ -66,7 +66,7 @@ link 86 -, linkat 265 37, symlink 88 -, symlinkat 266 36, truncate 76 45, ftrunc
 fsync 74 82, fdatasync 75 83
 """
 CONDITIONAL = """
-open 2 -, openat 257 56, fcntl 72 25, ioctl 16 29, prlimit64 302 261, kill 62 129, tgkill 234 131, clone3 435 435
+open 2 -, openat 257 56, fcntl 72 25, ioctl 16 29, prlimit64 302 261, clone3 435 435
 """
 LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446  # the same on both
 
@@ -205,6 +205,7 @@ def filter_program(column, architecture, writable):
     def without(i, bits):
         return [argument(i), (ANY_BIT, 0, 1, bits), refuse(errno.EROFS), (RETURN, 0, 0, ALLOW)]
 
+    high_half = (LOAD, 0, 0, 20 + 8 * 2)  # of prlimit64's third argument, which is null where limits are only read
     opening = 0 if writable else os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
     conditions = {
         "open": without(1, opening),
@@ -213,9 +214,7 @@ def filter_program(column, architecture, writable):
         # here, would send any signal to any process of the user.
         "fcntl": one_of(1, 0, 1, 2, 3, 4, 5, 6, 7, 1030),
         "ioctl": [refuse(errno.ENOTTY)],  # what open() asks is whether it is a terminal
-        "prlimit64": one_of(0, 0),  # the evaluator's limits are not to be touched
-        "kill": one_of(0, os.getpid()),
-        "tgkill": one_of(0, os.getpid()),
+        "prlimit64": [argument(2), (EQUAL, 0, 3, 0), high_half, (EQUAL, 0, 1, 0), (RETURN, 0, 0, ALLOW), refuse()],
         "clone3": [refuse(errno.ENOSYS)],  # so that libc tries clone(), whose refusal it understands
     }
     program = [(LOAD, 0, 0, 4), (EQUAL, 1, 0, architecture), (RETURN, 0, 0, KILL), (LOAD, 0, 0, 0)]

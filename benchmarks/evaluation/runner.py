@@ -3,52 +3,57 @@
 A program counts as passed when the evaluator receives a token, so everything here serves one question: what can the
 program do to send the token without having run to its end? It shares this interpreter, hence:
 
-* It never meets the token as it comes in: standard input is read, closed and replaced by /dev/null before it runs.
-* While it runs no Python frame, no module and no argument holds the token. The calls that are left (execute the next
-  part, send the token, exit) are `functools.partial` objects that a `map` works off in C; the list of them lies on the
-  stack of the C calls, where `sys._getframe()`, tracebacks and signal handlers see nothing.
-* What could find them there all the same (the gc module's lists, ctypes) raises audit events, and the hook below, which
-  cannot be taken out again, refuses them; /proc/self/mem cannot be opened in the sandbox. So does a trace function,
-  which could make the program jump over its tests.
-* The last calls follow the last statement of the program directly, so atexit handlers, excepthooks, `__del__` and a
-  replaced `os._exit` have no say; the originals were bound before the program ran.
+* The program cannot read the token where it came from: standard input is closed and replaced before it runs.
+* While it runs no variable, argument, container or module holds the token. It is an operand of the last line below that
+  waits for the other one, on the value stack of a frame that executes, which neither `sys._getframe()`, tracebacks and
+  signal handlers show nor the gc module's lists; /proc/self/mem cannot be opened in the sandbox.
+* What could read memory all the same (ctypes, the interpreter's test modules, subinterpreters, which would not have the
+  hook), and a trace function, which could make the program jump over its tests, raise audit events, and the hook below,
+  which cannot be taken out, refuses them.
+* The rest of the line follows the program's last statement directly, with functions that were looked up before, so
+  atexit handlers, excepthooks, `__del__` and a replaced `os._exit` have no say.
 * Parts are compiled one by one: an open string or a decorator at the end of a completion cannot swallow the tests.
 
 What this cannot prevent: the program is in one process with its tests, so it can return an object that equals
-everything, and private interpreter interfaces may give it memory access. It is made for the output of models that were
-asked to solve a problem; the other walls (confine.py) do not depend on the interpreter.
+everything, and who knows the interpreter well gets around the hook (from Python 3.13, for one, a finalizer that happens
+to run while the hook does can write its variables). It is made for the answers of models that were asked to solve a
+problem. The walls around the process (confine.py) do not depend on any of this.
 """
 
-import collections
-import functools
 import marshal
 import os
 import sys
+from collections import deque
+from itertools import repeat
+
+TOKEN_BYTES = 32
 
 
 def refuse(event, arguments):
-    if event.startswith("ctypes."):
-        raise ImportError("ctypes is not allowed in the sandbox")  # libraries such as numpy can do without
+    if event.startswith("ctypes.") or (
+        event == "import" and arguments[0].rpartition(".")[2].startswith(("_ctypes", "_inter", "_test", "_xx"))
+    ):
+        raise ImportError("not allowed in the sandbox: it gives access to memory")  # numpy can do without ctypes
     if event in {"gc.get_objects", "gc.get_referents", "gc.get_referrers", "sys.settrace"}:
         raise PermissionError(f"{event} is not allowed in the sandbox")
 
 
-def calls(result):
-    """All that remains to be done, in order. A function of its own, so that its locals are gone when the first runs."""
-    with open(0, "rb", buffering=0) as stdin:
-        token, parts = marshal.loads(stdin.readall())
-    os.open("/dev/null", os.O_RDONLY)  # the lowest free number: standard input again
-    # As in the published harnesses the namespace has no __name__, so `if __name__ == "__main__":` does not run.
-    namespace = {}
-    codes = [compile(part, f"<part {i}>", "exec", dont_inherit=True) for i, part in enumerate(parts)]
-    return [
-        *(functools.partial(exec, code, namespace) for code in codes),
-        functools.partial(os.write, result, token),
-        functools.partial(os._exit, 0),
-    ]
+def programs():
+    parts = marshal.loads(os.pread(0, os.fstat(0).st_size, TOKEN_BYTES))
+    return [compile(part, f"<part {i}>", "exec", dont_inherit=True) for i, part in enumerate(parts)]
 
 
+def token():
+    read = os.pread(0, TOKEN_BYTES, 0)
+    os.close(0)
+    os.open("/dev/null", os.O_RDONLY)  # becomes number 0
+    return read
+
+
+result = int(sys.argv[1])
 sys.path[:] = [*(p for p in sys.path if p), *sys.argv[2:]]  # without the current folder
+codes = programs()
 sys.addaudithook(refuse)
 del refuse
-collections.deque(map(functools.partial.__call__, calls(int(sys.argv[1]))), maxlen=0)
+# As in the published harnesses the namespace has no __name__, so `if __name__ == "__main__":` does not run.
+os._exit(os.write(result, token() + bytes(deque(map(exec, codes, repeat({})), maxlen=0))) - TOKEN_BYTES)

@@ -106,7 +106,7 @@ def protections() -> dict[str, bool | str]:
     return {
         "network": "none: seccomp" + (", own network namespace" if report["namespaces"] else ""),
         "processes": "one, with one thread: seccomp",
-        "signals": "to itself only: seccomp",
+        "signals": "none, no timers: seccomp",
         "reading": f"{libraries}: Landlock" if report["landlock"] else "what the user may read, without /proc",
         "writing": "16 MiB in a tmpfs of its own: Landlock" if report["writable"] else "nothing: seccomp",
         "capabilities": "none" if report["capabilities"] else "those of the container's root",
@@ -159,7 +159,7 @@ def _run(program, limits, cancelled):
 
 def _execute(parts: list[str], limits: _Limits, cancelled: threading.Event) -> tuple[Outcome, dict]:
     """The outcome, and confine.py's report of the layers in force."""
-    token = secrets.token_hex(16).encode()
+    token = secrets.token_hex(16).encode()  # TOKEN_BYTES of runner.py
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="dllm-sandbox-"))
         result, result_end = os.pipe()
@@ -171,7 +171,7 @@ def _execute(parts: list[str], limits: _Limits, cancelled: threading.Event) -> t
             child_side.callback(os.close, errors_end)
             # Not a pipe: nothing to be written while the program reads, and nobody to wait for if it does not.
             source = child_side.enter_context(open(os.memfd_create("program"), "w+b"))
-            source.write(marshal.dumps((token, parts)))
+            source.write(token + marshal.dumps(parts))
             source.seek(0)
             order = {
                 "result": result_end,
