@@ -31,9 +31,9 @@ TOKEN_BYTES = 32
 
 def refuse(event, arguments):
     if event.startswith("ctypes.") or (
-        event == "import" and arguments[0].rpartition(".")[2].startswith(("_ctypes", "_inter", "_test", "_xx"))
+        event == "import" and arguments[0].rpartition(".")[2].startswith(("_ctypes", "_interp", "_test", "_xx"))
     ):
-        raise ImportError("not allowed in the sandbox: it gives access to memory")  # numpy can do without ctypes
+        raise ImportError("access to memory is not allowed in the sandbox")  # numpy can do without ctypes
     if event in {"gc.get_objects", "gc.get_referents", "gc.get_referrers", "sys.settrace"}:
         raise PermissionError(f"{event} is not allowed in the sandbox")
 
