@@ -21,7 +21,7 @@ from pathlib import Path
 
 import hydra
 from evaluation import journal, results, sandbox
-from evaluation.settings import CONFIGS, Settings, checked_overrides, resolve
+from evaluation.settings import CONFIGS, Settings, checked_overrides, fingerprint, resolve
 from evaluation.tasks import load, task_manager
 from lm_eval.evaluator import simple_evaluate
 from omegaconf import DictConfig, OmegaConf
@@ -37,13 +37,13 @@ class ShareDone(Exception):
 class EvaluatedModel(HarnessModel):
     """A HarnessModel whose answers are kept in a folder."""
 
-    def __init__(self, folder: Path, **arguments):
-        """arguments: those of HarnessModel."""
+    def __init__(self, folder: Path, settings: str, **arguments):
+        """settings: a name for all that an answer depends on. arguments: those of HarnessModel."""
         super().__init__(**arguments)
-        known = self.processes.gather(list(journal.read(folder).items()))  # before any process writes
+        known = self.processes.gather(list(journal.read(folder, settings).items()))  # before any process writes
         self.answers.update(known)
         self.known = len(self.answers)
-        self.journal = journal.Journal(folder, self.processes.rank)
+        self.journal = journal.Journal(folder, self.processes.rank, settings)
         self.on_answer = self.journal.add
 
     def answer(self, requests, disable_tqdm=False):
@@ -54,10 +54,10 @@ class EvaluatedModel(HarnessModel):
         return answers
 
 
-def load_model(settings: Settings, folder: Path) -> EvaluatedModel:
-    """The model, warm: what the first generation takes once is not in the measurements."""
+def load_model(settings: Settings, folder: Path, name: str) -> EvaluatedModel:
+    """The model, warm: what the first generation takes once is not in the measurements. name: of the settings."""
     try:
-        model = EvaluatedModel(folder, **settings.model, **settings.fields)
+        model = EvaluatedModel(folder, name, **settings.model, **settings.fields)
     except CheckpointError as e:
         raise CheckpointError(f"{e} (model.path=FOLDER says where the model is)") from e
     model.engine.generate([model.engine.spec.eos_id], gen_length=8, block_length=8)
@@ -72,7 +72,7 @@ def evaluate(config: DictConfig) -> dict | None:
     scored = not settings.is_code or config.execute_code
     protections = sandbox.protections() if settings.is_code and scored else None  # no sandbox: said now
     tasks = load(settings.dataset, config.dataset.path, config.seed, scored)
-    model = load_model(settings, folder)
+    model = load_model(settings, folder, fingerprint(config, of_one_answer=True))
     with closing(model.journal):
         try:
             found = simple_evaluate(

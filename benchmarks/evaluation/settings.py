@@ -8,8 +8,10 @@ from pathlib import Path
 
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
+from dllm_ext.checks import check_bool, check_int
 from dllm_ext.errors import ConfigError
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -27,11 +29,16 @@ DIRECT = (  # fields of GenerationConfig that have the same name here
 log = logging.getLogger(__name__)
 
 
-def fingerprint(config: DictConfig) -> str:
-    """A short hash of all settings that answers or their times depend on."""
+def fingerprint(config: DictConfig, *, of_one_answer: bool = False) -> str:
+    """A short hash of all settings that answers or their times depend on.
+
+    of_one_answer: that each answer depends on, so not how many there are.
+    """
     values = OmegaConf.to_container(config, resolve=False)
     values = {name: value for name, value in values.items() if name not in NO_INFLUENCE}
     values["model"]["path"] = OmegaConf.select(config, "model.path", throw_on_missing=False)
+    if of_one_answer:
+        del values["dataset"]["size"]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -64,13 +71,16 @@ def checked_overrides(arguments: list[str]) -> list[str]:
             _check_choice(name, value)
         out.append(f"{name}={value}")
     plain = [a for a in out if "=" in a and a[0] not in "-+~" and not a.startswith("hydra.")]
-    with initialize_config_dir(str(CONFIGS), version_base=None):
-        config = compose("eval", overrides=[a for a in plain if a.partition("=")[0] in GROUPS])
-        for name in (a.partition("=")[0] for a in plain):
-            if name not in GROUPS:
-                _check_name(config, name)
-        if plain == out:  # else Hydra is asked for something else, such as --cfg, or told more
-            _check_missing(compose("eval", overrides=plain))
+    try:
+        with initialize_config_dir(str(CONFIGS), version_base=None):
+            config = compose("eval", overrides=[a for a in plain if a.partition("=")[0] in GROUPS])
+            for name in (a.partition("=")[0] for a in plain):
+                if name not in GROUPS:
+                    _check_name(config, name)
+            if plain == out:  # else Hydra is asked for something else, such as --cfg, or told more
+                _check_missing(compose("eval", overrides=plain))
+    except HydraException as e:  # its grammar gives a meaning to = ( ) [ ] { } , in a value that has no quotes
+        raise ConfigError(f"{e} (special characters need quotes: 'NAME=\"VALUE\"')") from e
     return out
 
 
@@ -89,6 +99,8 @@ def _check_name(config, name):
             raise ConfigError(f"{name} does not exist; {where} there is: {there}")
         node = node._get_node(part)  # a missing value or null is a node, too
         done.append(part)
+    if isinstance(node, DictConfig):
+        raise ConfigError(f"{name} is no setting but a group of some: {', '.join(f'{name}.{part}' for part in node)}")
 
 
 @dataclass(frozen=True)
@@ -107,6 +119,7 @@ class Settings:
 def resolve(config: DictConfig) -> Settings:
     """Fill in what depends on the task, the model and the cache. ConfigError for what is missing or not allowed."""
     _check_missing(config)
+    _check_values(config)
     tasks = table()
     name = config.dataset.name
     if name not in tasks["tasks"]:
@@ -130,6 +143,17 @@ def _check_missing(config):
         raise ConfigError(f"dataset.name=NAME is missing; there are: {', '.join(table()['tasks'])}")
     if config.generation.name == "pc_sampler" and config.generation.token_frequencies is None:
         raise ConfigError("generation.token_frequencies=FILE is missing: pc_sampler weighs by it")
+
+
+def _check_values(config):
+    """What nobody after this checks. Hydra reads `no` and `off` as text, and any text would count as true."""
+    for name in ("execute_code", "model.instruct", "cache.use_dual"):
+        if (value := OmegaConf.select(config, name)) is not None:
+            check_bool(name, value)
+    for name, least in (("dataset.size", 1), ("dataset.n_shot", 0)):
+        value = OmegaConf.select(config, name)
+        if value is not None and check_int(name, value) < least:
+            raise ConfigError(f"{name} = {value} is not allowed: it must be at least {least}")
 
 
 def _fields(config, tasks, task):
