@@ -31,6 +31,7 @@ from .config import GenerationConfig, flat_config
 from .engine import Engine
 from .errors import ConfigError, InputError, UsageError
 from .frequencies import TokenFrequencies
+from .tokenizer import cut
 
 
 @dataclass(frozen=True)
@@ -302,9 +303,3 @@ def stop_strings(gen_kwargs: dict) -> list[str]:
     """A request's `until` as a list."""
     until = gen_kwargs.get("until") or []
     return [until] if isinstance(until, str) else list(until)
-
-
-def cut(text: str, stops: list[str]) -> str:
-    """`text` up to the first occurrence of any of `stops`."""
-    ends = [text.find(stop) for stop in stops if stop]
-    return text[: min((end for end in ends if end >= 0), default=len(text))]

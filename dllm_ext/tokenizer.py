@@ -9,6 +9,7 @@ runs. The two families differ from what Hugging Face's AutoTokenizer expects:
   config.json's 151643.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from .errors import CheckpointError, InputError
@@ -122,6 +123,12 @@ class Tokenizer:
             if not unfinished:
                 pending = []
         return out
+
+
+def cut(text: str, stops: Iterable[str]) -> str:
+    """`text` up to the first occurrence of any of `stops`."""
+    ends = [text.find(stop) for stop in stops if stop]
+    return text[: min((end for end in ends if end >= 0), default=len(text))]
 
 
 def check_messages(messages):

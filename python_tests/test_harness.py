@@ -17,7 +17,8 @@ pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (p
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 
-from dllm_ext.harness import HarnessModel, cut, stop_strings
+from dllm_ext.harness import HarnessModel, stop_strings
+from dllm_ext.tokenizer import cut
 
 
 @pytest.fixture(scope="module")

@@ -10,16 +10,16 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from dllm_ext.errors import ConfigError, InputError
+from dllm_ext.tokenizer import cut
 
 __all__ = [
     "HUMANEVAL_STOPS",
     "MBPP_STOPS",
     "before_fence",
-    "cut",
     "first_block",
     "human_eval_problems",
     "human_eval_program",
@@ -75,11 +75,6 @@ def mbpp_program(problem: Mapping, code: str) -> tuple[str, str]:
     """
     before = [*(problem.get("test_imports") or ()), problem.get("test_setup_code") or ""]
     return code + "\n", "\n".join([*before, *problem["test_list"]]) + "\n"
-
-
-def cut(text: str, stops: Sequence[str]) -> str:
-    """`text` up to the first of the stop words."""
-    return text[: min((i for i in map(text.find, stops) if i >= 0), default=len(text))]
 
 
 def before_fence(answer: str) -> str:

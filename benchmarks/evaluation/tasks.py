@@ -7,6 +7,7 @@ stands there.
 import importlib
 import os
 import random
+import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,8 @@ from lm_eval.tasks import TaskManager
 from mini_gsm.data import final_answer, held_out
 
 from dllm_ext.errors import ConfigError, InputError
-from dllm_ext.harness import cut, stop_strings
+from dllm_ext.harness import stop_strings
+from dllm_ext.tokenizer import cut
 
 from . import code_tasks, sandbox
 from .settings import table
@@ -196,7 +198,8 @@ def code_task(program: Callable[[dict, str], tuple[str, str]], execute: bool, **
 
     def run(answers, problems):
         programs = [program(doc, text) for texts, doc in zip(answers, problems, strict=True) for text in texts]
-        outcomes = sandbox.run_all(programs, os.cpu_count()) if execute else iter(())
+        libraries = [sysconfig.get_path("purelib")]  # numpy, which some answers import
+        outcomes = sandbox.run_all(programs, os.cpu_count(), path=libraries) if execute else iter(())
         return [[vars(next(outcomes)) for _ in texts] if execute else texts for texts in answers]
 
     def score(doc, results):
