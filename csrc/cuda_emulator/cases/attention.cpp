@@ -68,12 +68,16 @@ struct Problem {
     std::vector<T> out;
     std::vector<float> lse, mean;
   };
-  // Two rows more than there are, which must stay as they were.
-  Result run(const Capacity& most, bool means) {
+  // Two rows more than there are, which must stay as they were. `reserved` sizes the scratch: what the launch asks for, or
+  // more.
+  Result run(const Capacity& most, bool means) { return run(most, means, most); }
+  Result run(const Capacity& most, bool means, const Capacity& reserved) {
     const size_t n = size_t(rows) + 2;
     T* out = c.device<T>(n * ld);
     float *lse = c.device<float>(n * heads), *mean = c.device<float>(n * (most.keys + 1));
-    const size_t scratch = attention_scratch_bytes(kType, heads, dim, most.rows, most.keys);
+    const size_t scratch = attention_scratch_bytes(kType, heads, dim, reserved.rows, reserved.keys);
+    if (scratch < attention_scratch_bytes(kType, heads, dim, most.rows, most.keys))
+      throw Error("scratch of " + std::to_string(scratch) + " bytes is too little for fewer rows or keys");
     AttentionArgs a{device_q,
                     ld,
                     out,
@@ -217,6 +221,19 @@ void attention_neighbours(emu::Case& c) {
   head_mean(c.stream(), DType::BF16, {none, nullptr, 0});
 }
 
+// The engine reserves for its largest step, a full pass that may leave keys uncut, and cuts them in the smaller ones.
+void attention_reserved_for_more(emu::Case& c) {
+  Problem<bf16> problem(c, 8, 2, 64, {{3, 270, 270}, {2, 300, 310}});
+  const Capacity small{16, 300};
+  const auto exact = problem.run(small, false);
+  c.output(c.upload(exact.out), exact.out.size());
+  for (const Capacity& reserved : {Capacity{512, 300}, {1024, 300}, {1025, 300}, {3000, 700}}) {
+    const auto r = problem.run(small, false, reserved);
+    c.expect(std::memcmp(r.out.data(), exact.out.data(), r.out.size() * sizeof(bf16)) == 0,
+             "out depends on what is reserved: " + std::to_string(reserved.rows));
+  }
+}
+
 const emu::Registered cases[] = {
     {"attention/bf16_64", attention_16bit<bf16, 64>},
     {"attention/bf16_128", attention_16bit<bf16, 128>},
@@ -224,6 +241,7 @@ const emu::Registered cases[] = {
     {"attention/fp16_128", attention_16bit<half, 128>},
     {"attention/f32", attention_f32},
     {"attention/neighbours", attention_neighbours},
+    {"attention/reserved_for_more", attention_reserved_for_more},
 };
 
 }  // namespace

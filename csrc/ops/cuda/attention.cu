@@ -21,6 +21,8 @@
 // stages, 40 or 48 KiB at head_dim 128; the means stay in registers. Reads K once per tile of rows, q once per tile of keys.
 #include "ops/cuda/attention.h"
 
+#include <algorithm>
+
 #include "ops/cuda/kernel.h"
 #include "runtime/host_device.h"
 
@@ -582,9 +584,11 @@ bool check(DType type, const AttentionArgs& a) {
 
 }  // namespace
 
+// Where that many rows leave the keys uncut, fewer of them may not: the most that are cut need most.
 size_t attention_scratch_bytes(DType type, int32_t n_heads, int32_t head_dim, int32_t max_rows, int32_t max_keys) {
-  if (chunks_per_block(type, n_heads, max_rows, max_keys) != Chunks::Split) return 0;
-  return size_t(max_rows) * n_heads * ceil_div(max_keys, kChunkKeys) * (head_dim + 2) * sizeof(float);
+  const int32_t rows = std::min(max_rows, kSplitUnits / n_heads);
+  if (chunks_per_block(type, n_heads, rows, max_keys) != Chunks::Split) return 0;
+  return size_t(rows) * n_heads * ceil_div(max_keys, kChunkKeys) * (head_dim + 2) * sizeof(float);
 }
 
 void attention(Stream stream, DType type, const AttentionArgs& args) {

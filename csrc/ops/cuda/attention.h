@@ -22,6 +22,7 @@ struct AttentionArgs {
   float scale;
   void* scratch;  // attention_scratch_bytes
 };
+// Enough for calls with fewer rows and keys, too.
 size_t attention_scratch_bytes(DType type, int32_t n_heads, int32_t head_dim, int32_t max_rows, int32_t max_keys);
 // One launch, or two where keys are split.
 void attention(Stream stream, DType type, const AttentionArgs& args);
