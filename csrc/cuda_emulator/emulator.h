@@ -77,14 +77,20 @@ extern thread_local Thread* current;
 // Throws EmulatorError; inside a kernel the message also names the kernel, the block and the thread.
 [[noreturn]] void stop(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
+// A launch's shared memory, and whether the kernel is allowed more than 48 KiB, its static arrays included.
+struct LaunchShared {
+  size_t dynamic = 0;
+  bool more = false;
+};
+
 // Runs a kernel now / puts it into a stream (an emu::Queue*; null: now). `name` must outlive the run.
-void run(const char* name, dim3 grid, dim3 block, size_t dynamic_shared, const std::function<void()>& body);
-void submit_kernel(void* stream, const char* name, dim3 grid, dim3 block, size_t dynamic_shared,
+void run(const char* name, dim3 grid, dim3 block, LaunchShared shared, const std::function<void()>& body);
+void submit_kernel(void* stream, const char* name, dim3 grid, dim3 block, LaunchShared shared,
                    std::function<void()> body);
 template <class F>
-void enqueue(void* stream, const char* name, dim3 grid, dim3 block, size_t dynamic_shared, F body) {
+void enqueue(void* stream, const char* name, dim3 grid, dim3 block, LaunchShared shared, F body) {
   // The body holds the kernel's arguments.
-  submit_kernel(stream, name, grid, block, dynamic_shared, [body] {
+  submit_kernel(stream, name, grid, block, shared, [body] {
     if constexpr (kRaces) races::parameters(&body, sizeof body);
     body();
   });

@@ -37,22 +37,23 @@ void stop(const char* format, ...) {
   throw EmulatorError(text);
 }
 
-void check_launch(const char* name, dim3 grid, dim3 block, size_t dynamic_shared) {
+void check_launch(const char* name, dim3 grid, dim3 block, LaunchShared launch_shared) {
   const uint64_t threads = uint64_t(block.x) * block.y * block.z;
   if (threads == 0 || threads > kMaxThreads || block.z > 64)
     stop("kernel %s: a block of (%u,%u,%u) threads", name, block.x, block.y, block.z);
   if (!grid.x || !grid.y || !grid.z || grid.y > 65535 || grid.z > 65535 || grid.x > 0x7fffffff)
     stop("kernel %s: a grid of (%u,%u,%u) blocks", name, grid.x, grid.y, grid.z);
-  if (dynamic_shared > config().shared_limit)
-    stop("kernel %s: %zu bytes of dynamic shared memory, the limit is %zu", name, dynamic_shared,
-         config().shared_limit);
+  const size_t limit = shared_limit(launch_shared);
+  if (launch_shared.dynamic > limit)
+    stop("kernel %s: %zu bytes of dynamic shared memory, the limit is %zu", name, launch_shared.dynamic, limit);
 }
 
 // --- Launch -----------------------------------------------------------------------------------------------------------
 
-void Machine::run(const char* name, dim3 grid, dim3 block, size_t dynamic_shared, const std::function<void()>& body) {
+void Machine::run(const char* name, dim3 grid, dim3 block, LaunchShared launch_shared,
+                  const std::function<void()>& body) {
   if (running()) stop("launch of kernel %s from inside a kernel", name);
-  check_launch(name, grid, block, dynamic_shared);
+  check_launch(name, grid, block, launch_shared);
   name_ = name;
   body_ = &body;
   grid_ = grid;
@@ -68,7 +69,7 @@ void Machine::run(const char* name, dim3 grid, dim3 block, size_t dynamic_shared
   // A stride without common divisor with the number of blocks visits each once.
   stride_ = random() % blocks_ + 1;
   while (std::gcd(stride_, blocks_) != 1) ++stride_;
-  shared.begin_launch(dynamic_shared);
+  shared.begin_launch(launch_shared);
   if constexpr (kRaces) races::begin_launch(name, n_, &body, sizeof body);
 
   begin_block();
@@ -332,8 +333,8 @@ void Machine::deadlock() {
 
 // --- emulator.h -------------------------------------------------------------------------------------------------------
 
-void run(const char* name, dim3 grid, dim3 block, size_t dynamic_shared, const std::function<void()>& body) {
-  Machine::get().run(name, grid, block, dynamic_shared, body);
+void run(const char* name, dim3 grid, dim3 block, LaunchShared shared, const std::function<void()>& body) {
+  Machine::get().run(name, grid, block, shared, body);
 }
 void block_barrier(const char* file, int line) { Machine::get().barrier(false, file, line); }
 int block_vote(int predicate, const char* file, int line) { return Machine::get().barrier(predicate != 0, file, line); }

@@ -44,7 +44,7 @@ class Machine {
  public:
   static Machine& get();
 
-  void run(const char* name, dim3 grid, dim3 block, size_t dynamic_shared, const std::function<void()>& body);
+  void run(const char* name, dim3 grid, dim3 block, LaunchShared launch_shared, const std::function<void()>& body);
 
   int barrier(bool predicate, const char* file, int line);  // how many said yes
   Exchange& exchange(unsigned mask, const void* in, size_t n, WarpOp op, const char* file, int line);
@@ -112,6 +112,6 @@ class Machine {
 };
 
 // Checks what a launch asks for; throws EmulatorError.
-void check_launch(const char* name, dim3 grid, dim3 block, size_t dynamic_shared);
+void check_launch(const char* name, dim3 grid, dim3 block, LaunchShared launch_shared);
 
 }  // namespace dllm::emu

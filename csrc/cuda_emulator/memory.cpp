@@ -27,9 +27,12 @@ void land(const AsyncCopies::Copy& c) {
 
 // --- Shared memory ----------------------------------------------------------------------------------------------------
 
-void SharedMemory::begin_launch(size_t dynamic_bytes) {
+size_t shared_limit(const LaunchShared& launch) { return launch.more ? config().shared_limit : 48 * 1024; }
+
+void SharedMemory::begin_launch(const LaunchShared& launch) {
   end_launch();
-  dynamic_bytes_ = dynamic_bytes;
+  dynamic_bytes_ = launch.dynamic;
+  limit_ = shared_limit(launch);
 }
 
 void SharedMemory::end_launch() {
@@ -67,8 +70,8 @@ void* SharedMemory::named(const void* key, size_t bytes, size_t align) {
     if (a.key == key) return use(a);
   static_bytes_ += bytes;
   if (static_bytes_ > 48 * 1024) stop("%zu bytes of static shared memory, the limit is 48 KiB", static_bytes_);
-  if (static_bytes_ + dynamic_bytes_ > config().shared_limit)
-    stop("%zu bytes of shared memory, the limit is %zu", static_bytes_ + dynamic_bytes_, config().shared_limit);
+  if (static_bytes_ + dynamic_bytes_ > limit_)
+    stop("%zu bytes of shared memory, the limit is %zu", static_bytes_ + dynamic_bytes_, limit_);
   add(key, bytes, align < sizeof(void*) ? sizeof(void*) : align);
   return use(arrays_.back());
 }

@@ -5,14 +5,19 @@
 #include <cstdint>
 #include <vector>
 
+#include "cuda_emulator/emulator.h"
+
 namespace dllm::emu {
+
+// Of a block of that launch, in bytes.
+size_t shared_limit(const LaunchShared& launch);
 
 // Each declared array is a heap block of exactly its size, so that ASan sees its ends; filled with 0xFF (NaN) for each block
 // of threads, kept for the whole launch.
 class SharedMemory {
  public:
   ~SharedMemory() { end_launch(); }
-  void begin_launch(size_t dynamic_bytes);
+  void begin_launch(const LaunchShared& launch);
   void begin_block() { ++block_; }
   void end_launch();
 
@@ -31,7 +36,7 @@ class SharedMemory {
   void add(const void* key, size_t bytes, size_t align);
 
   std::vector<Array> arrays_;
-  size_t dynamic_bytes_ = 0, static_bytes_ = 0;
+  size_t dynamic_bytes_ = 0, static_bytes_ = 0, limit_ = 0;
   uint64_t block_ = 0;
 };
 

@@ -96,15 +96,15 @@ void Queue::reset_counters() {
   executed_.clear();
 }
 
-void submit_kernel(void* stream, const char* name, dim3 grid, dim3 block, size_t dynamic_shared,
+void submit_kernel(void* stream, const char* name, dim3 grid, dim3 block, LaunchShared shared,
                    std::function<void()> body) {
-  check_launch(name, grid, block, dynamic_shared);
+  check_launch(name, grid, block, shared);
   if (!stream) {
     const Arena::Access access;
-    return run(name, grid, block, dynamic_shared, body);
+    return run(name, grid, block, shared, body);
   }
   static_cast<Queue*>(stream)->push(name, Kind::Kernel,
-                                    [=, body = std::move(body)] { run(name, grid, block, dynamic_shared, body); });
+                                    [=, body = std::move(body)] { run(name, grid, block, shared, body); });
 }
 
 // --- Device memory ----------------------------------------------------------------------------------------------------

@@ -139,6 +139,11 @@ void row_stats_special(emu::Case& c) {
   for (double scale : {0.0, 1.0}) check(c, rows, {.mask_id = 7, .banned_id = 5, .noise_scale = scale}, 100, 100);
 }
 
+// 24 warps keep 48 KiB of logits, beside the static arrays: more than a kernel has unless it asks.
+void row_stats_shared_memory(emu::Case& c) {
+  for (int width : {5888, 6144, 6145}) check(c, random_rows(c, 1, width, 3), {.noise_scale = 1.0}, width, width);
+}
+
 void row_stats_many_rows(emu::Case& c) {  // more than blocks
   check(c, random_rows(c, 194, 6, 3), {.noise_scale = 1.0}, 6, 8);
 }
@@ -148,6 +153,7 @@ const emu::Registered r2("row_stats/noise", row_stats_noise);
 const emu::Registered r3("row_stats/special", row_stats_special);
 const emu::Registered r4("row_stats/many_rows", row_stats_many_rows);
 const emu::Registered r5("row_stats/accesses", row_stats_accesses);
+const emu::Registered r6("row_stats/shared_memory", row_stats_shared_memory);
 
 }  // namespace
 }  // namespace dllm

@@ -18,6 +18,10 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <mutex>
+#include <set>
+#include <utility>
+
 #include "runtime/error.h"
 #define DLLM_KERNEL(max_threads) __global__ void __launch_bounds__(max_threads)
 // Blocks that are to fit a multiprocessor. With 1, no register is given up, and spilled, for the sake of a second one.
@@ -58,22 +62,43 @@ using Stream = void*;  // an emu::Queue*; null: run at once
 inline constexpr unsigned kAllLanes = 0xffffffffu;
 
 // --- Launch -----------------------------------------------------------------------------------------------------------
+#if defined(__CUDACC__)
+// Without it a kernel has 48 KiB, static and dynamic together. It gets all that a block of the current device can have, once:
+// the limit is the kernel's, not the launch's, and a lower one set later would hit launches of other threads, and nodes of
+// a graph that is being captured.
+inline void allow_shared(const void* kernel, const char* name) {
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> allowed;
+  int device = 0, most = 0;
+  cudaFuncAttributes attributes{};
+  cudaError_t e = cudaGetDevice(&device);
+  const std::lock_guard lock(mutex);
+  if (e == cudaSuccess && allowed.contains({kernel, device})) return;
+  if (e == cudaSuccess) e = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (e == cudaSuccess) e = cudaFuncGetAttributes(&attributes, kernel);
+  if (e == cudaSuccess)
+    e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             most - int(attributes.sharedSizeBytes));
+  if (e != cudaSuccess) {
+    (void)cudaGetLastError();
+    fail<Error>("CUDA kernel ", name, ": no more than 48 KiB of shared memory: ", cudaGetErrorString(e));
+  }
+  allowed.insert({kernel, device});
+}
+#endif
+
 // `name` is what traces and error messages call it. dynamic_shared in bytes; beyond 48 KiB is asked for here.
 template <class... P, class... A>
 void launch(Stream stream, const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t dynamic_shared,
             const A&... args) {
+  const bool more = dynamic_shared > 0;  // with the static memory it may be
 #if defined(__CUDACC__)
-  if (dynamic_shared > 48 * 1024) {
-    const cudaError_t e =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(dynamic_shared));
-    if (e != cudaSuccess)
-      fail<Error>("CUDA kernel ", name, ": ", dynamic_shared, " bytes of shared memory: ", cudaGetErrorString(e));
-  }
+  if (more) allow_shared(reinterpret_cast<const void*>(kernel), name);
   kernel<<<grid, block, dynamic_shared, static_cast<cudaStream_t>(stream)>>>(args...);
   const cudaError_t e = cudaGetLastError();
   if (e != cudaSuccess) fail<Error>("CUDA kernel ", name, " could not be launched: ", cudaGetErrorString(e));
 #else
-  emu::enqueue(stream, name, grid, block, dynamic_shared, [kernel, args...] { kernel(args...); });
+  emu::enqueue(stream, name, grid, block, {dynamic_shared, more}, [kernel, args...] { kernel(args...); });
 #endif
 }
 
