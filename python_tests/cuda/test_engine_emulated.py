@@ -186,6 +186,19 @@ def test_16_bit_and_quantised(tmp_path, dtype, quantization):
     assert results[0] == results[1]
 
 
+def test_uncut_and_cut_keys(tmp_path):
+    """The full pass of the batch has more (row, head) pairs than attention cuts keys for; its other steps, and all
+    steps of a prompt alone, have fewer."""
+    shape = dict(n_layers=1, d_model=512, n_heads=8, n_kv_heads=1, mlp_hidden_size=64, vocab_size=304)
+    folder = models.write_model(tmp_path / "model", "llada", **shape, embedding_size=304)
+    engine = module.Engine(str(folder), "bfloat16", None, None, "cuda")
+    settings = {"gen_length": 4, "block_length": 4, "cache": "dual", "num_transfer_tokens": 2, "stop_at_eos": False}
+    prompts = [[i % 200 for i in range(256 + s)] for s in range(4)]
+    assert sum(len(p) + 4 for p in prompts) * 8 > 8192
+    together, alone = (engine.generate(prompts, False, *_native(settings), n) for n in (4, 1))
+    assert [facts(r) for r in alone] == [facts(r) for r in together]
+
+
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
 def test_quantised_weights_in_fp32(tmp_path, quantization):
     """W8 and W4 against fp32 activations: the tokens of the CPU with the same weights written out in fp32, whether the
@@ -260,6 +273,9 @@ def test_logits_that_are_not_finite(tmp_path, cache, settings):
     for engine in (pair.cpu, pair.cuda):
         with pytest.raises(NumericalError, match=r"not finite at step 0: layer 1 of 3"):
             engine.generate(PROMPTS, False, *fields, 8)
+        # What is reserved for the longer prompt, and was never written, is nobody's output.
+        with pytest.raises(NumericalError, match=r"not finite at step \d+: layer 1 of 3"):
+            engine.generate([PROMPTS[0], [3] * 60], False, *fields, 1)
 
 
 # --- What a step costs ---

@@ -57,8 +57,8 @@ void CudaModel::reserve(const StepSize& most) {
     const size_t elements = checked_bytes("logits", size_t(capacity_.out_rows), size_t(spec_.vocab_size)),
                  bytes = elements * 4;
     if (logits_.bytes() < bytes) {
-      logits_ = DeviceBuffer(*device_, bytes, "logits");
       host_logits_ = Pinned<float>(*device_, elements, "logits");
+      logits_ = DeviceBuffer(*device_, bytes, "logits");  // last: its size says that both are there
     }
   }
 }
@@ -419,8 +419,8 @@ float* CudaModel::logits(int64_t& ld) {
     weight_bytes_ += head_weight_bytes();
     const size_t bytes = size_t(shape_.out_rows) * size_t(ld) * sizeof(float);
     if (logits_.bytes() < bytes) {
-      logits_ = DeviceBuffer(*device_, bytes, "logits");
       host_logits_ = Pinned<float>(*device_, bytes / sizeof(float), "logits");
+      logits_ = DeviceBuffer(*device_, bytes, "logits");
     }
     read_hidden(shape_);
     head_tile(shape_, 0, spec_.vocab_size, logits_.as<float>(), ld);
@@ -434,12 +434,15 @@ std::span<const float> CudaModel::importance(size_t s) const {
   return {host_importance_.data() + s * size_t(importance_ld_), size_t(importance_keys_[s])};
 }
 
+// The rows that the step has: beyond their count lies anything.
 void CudaModel::require_finite(const StepShape& shape, int layer) {
-  const size_t n = size_t(shape.rows) * size_t(spec_.d_model);
-  if (host_x_.size() < n) host_x_ = Pinned<float>(*device_, n, "the residual stream");
-  device_->copy_out(host_x_.data(), x_.as(), n * sizeof(float));
+  const size_t capacity = size_t(shape.rows), d = size_t(spec_.d_model);
+  if (host_x_.size() < capacity * d) host_x_ = Pinned<float>(*device_, capacity * d, "the residual stream");
+  if (!host_count_.size()) host_count_ = Pinned<int32_t>(*device_, 1, "a number of rows");
+  device_->copy_out(host_count_.data(), step_.step.count, sizeof(int32_t));
+  device_->copy_out(host_x_.data(), x_.as(), capacity * d * sizeof(float));
   device_->synchronize();
-  for (size_t i = 0; i < n; ++i)
+  for (size_t i = 0; i < size_t(host_count_[0]) * d; ++i)
     if (!std::isfinite(host_x_[i])) fail<NumericalError>("layer ", layer, " of ", spec_.n_layers, " gave ", host_x_[i]);
 }
 

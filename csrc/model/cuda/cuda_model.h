@@ -99,6 +99,7 @@ class CudaModel final : public Model {
   DeviceBuffer hidden_, tile_, stats_;  // of out_rows
   Pinned<ops::cuda::RowStatsState> host_stats_;
   Pinned<float> host_importance_, host_logits_, host_x_;
+  Pinned<int32_t> host_count_;
   DeviceBuffer logits_;
 
   std::vector<int64_t> importance_keys_;  // per sequence; 0: not asked for
