@@ -85,9 +85,10 @@ class CudaDevice final : public Device {
     cudaDeviceProp p;
     check(cudaGetDeviceProperties(&p, index_), "asking for the GPU's properties");
     name_ = "cuda:" + std::to_string(index_) + " (" + p.name + ")";
-    // A GPU that reads the host's pages where they are (Grace Hopper) need not stage what copy_in() gives it.
+    // A GPU that can read the host's pages (Grace Hopper; where Linux manages both memories, others too) need not stage
+    // what copy_in() gives it.
     int reads_host_pages = 0;
-    check(cudaDeviceGetAttribute(&reads_host_pages, cudaDevAttrPageableMemoryAccessUsesHostPageTables, index_),
+    check(cudaDeviceGetAttribute(&reads_host_pages, cudaDevAttrPageableMemoryAccess, index_),
           "asking for the GPU's properties");
     stages_copies_ = !reads_host_pages;
     for (Event& e : events_) e.create();
