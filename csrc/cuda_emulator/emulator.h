@@ -197,17 +197,8 @@ struct half {
 };
 inline float to_float(bf16 x) { return bf16_to_float(x.bits); }
 inline bf16 to_bf16(float x) { return {float_to_bf16(x)}; }
-inline float to_float(half x) {
-  _Float16 h;
-  std::memcpy(&h, &x.bits, 2);
-  return float(h);
-}
-inline half to_half(float x) {
-  const _Float16 h = _Float16(x);
-  half r;
-  std::memcpy(&r.bits, &h, 2);
-  return r;
-}
+inline float to_float(half x) { return f16_to_float(x.bits); }
+inline half to_half(float x) { return {float_to_f16(x)}; }
 
 // --- PTX --------------------------------------------------------------------------------------------------------------
 uint4 load128(const void* p);

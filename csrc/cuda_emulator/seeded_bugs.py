@@ -14,7 +14,6 @@ import argparse
 import dataclasses
 import json
 import os
-import platform
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -42,8 +41,6 @@ SOURCES = [EMULATOR / f"{name}.cpp" for name in SOURCES] + [
 ]
 
 COMMON = ["-std=c++20", "-ffp-contract=off", f"-I{CSRC}"]
-if platform.machine() in ("x86_64", "AMD64"):
-    COMMON.append("-march=native")
 SANITIZERS = "-fsanitize=address,undefined"
 
 
