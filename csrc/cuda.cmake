@@ -168,6 +168,7 @@ target_compile_options(dllm_kernels PRIVATE -std=c++20 $<$<BOOL:${DLLM_FORBID_SP
 # One pass of the front end for each major version: sm_86 and sm_89 are assembled from the PTX of sm_80. CMake's own
 # property would take a pass for each, and twice the time.
 set(codes)
+list(SORT cuda_archs COMPARE NATURAL)  # the oldest of a major version is what the others are assembled from
 foreach(item ${cuda_archs})
   string(REGEX MATCH "^([0-9]+)([0-9])([af]?)-(real|virtual)$" match ${item})
   set(major ${CMAKE_MATCH_1})
