@@ -165,7 +165,7 @@ def _fields(config, tasks, task):
     if g["token_frequencies"] is not None:
         fields["token_frequencies"] = g["token_frequencies"]
     fields.setdefault("gen_length", task["gen_length"])
-    in_blocks = config.cache.name == "prefix" or (config.model.instruct and config.cache.name != "d2cache")
+    in_blocks = config.cache.name in ("prefix", "dual") or (config.model.instruct and config.cache.name != "d2cache")
     blocks = min(tasks["block_length"], fields["gen_length"]) if in_blocks else fields["gen_length"]
     fields.setdefault("block_length", blocks)
     if config.model.name.startswith("dream"):
