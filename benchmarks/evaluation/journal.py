@@ -26,7 +26,7 @@ def read(folder: Path, settings: str) -> dict[str, dict]:
             try:
                 answer = json.loads(line)
                 key, of = answer.pop("key"), answer.pop("settings")
-            except (ValueError, KeyError, AttributeError):
+            except (ValueError, KeyError, TypeError, AttributeError):
                 raise InputError(f"{file}, line {number} is no answer of this program: delete the line") from None
             if of != settings:
                 raise InputError(f"{file} has answers of a command with other settings: give another folder as out=")

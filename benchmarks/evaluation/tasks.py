@@ -21,7 +21,7 @@ from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 from mini_gsm.data import final_answer, held_out
 
-from dllm_ext.errors import ConfigError, InputError
+from dllm_ext.errors import ConfigError, DLLMError, InputError
 from dllm_ext.harness import stop_strings
 from dllm_ext.tokenizer import cut
 
@@ -111,19 +111,24 @@ def load(name: str, path: str | None = None, seed: int = 0, execute: bool = Fals
     folder, _, of_harness = entry["task"].rpartition("/")
     manager = task_manager(folder)
     random.seed(seed)  # gpqa shuffles with it
-    if entry["task"] == "own":
-        spec = {"task": name} | OWN[name](data, execute) | changes
-    else:  # within a group, settings are added to those of the harness's files
-        kind = "group" if of_harness in manager.all_groups else "task"
-        spec = {"group": "all", "task": [{kind: of_harness} | changes]}
+    datasets.disable_caching()  # else its shuffled problems are those of the first command ever, whatever its seed was
     try:
+        if entry["task"] == "own":
+            spec = {"task": name} | OWN[name](data, execute) | changes
+        else:  # the manager itself has no way to change all tasks of a group
+            index = manager.task_index
+            spec = manager._factory.build(index[of_harness], overrides=changes, registry=index)
         loaded = manager.load(spec)
-    except (KeyError, IndexError) as e:
+        for task in loaded["tasks"].values():
+            _process_once(task)
+            task.doc_to_text(task.eval_docs[0]), task.doc_to_target(task.eval_docs[0])
+    except DLLMError:
+        raise
+    except ImportError as e:
+        raise ConfigError(f"{name} needs packages that are not installed: {e} (pip install 'dllm_ext[eval]')") from e
+    except Exception as e:  # whatever the harness's code raises where columns are missing or have other types
         raise InputError(f"the data of {name} has not what the task needs: {e!r}") from e
-    for task in loaded["tasks"].values():
-        _process_once(task)
-    groups = [g for g in loaded["groups"].values() if g.name == of_harness]
-    return groups or list(loaded["tasks"].values())
+    return list(loaded["groups"].values()) or list(loaded["tasks"].values())
 
 
 def task_manager(folder: str = "") -> TaskManager:
