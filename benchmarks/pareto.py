@@ -2,6 +2,7 @@
 
     python benchmarks/pareto.py -n 2000 --out docs/pareto       # the grid of sweep/grid.py; goes on where it was killed
     python benchmarks/pareto.py --draw-only --out docs/pareto   # figure, page and table again, from the raw data
+    python benchmarks/pareto.py --draw-only --clock cpu --out docs/pareto   # without the times it waited for a core
     python benchmarks/pareto.py --settings published 'dual/*' dual/24/t=0.85 -n 200 --out /tmp/some
     python benchmarks/pareto.py --model GSAI-ML/LLaDA-8B-Instruct --dtype bfloat16 --task gsm8k --out llada
     python benchmarks/pareto.py --list                          # the settings of the grid
@@ -38,6 +39,7 @@ def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the order of the turns")
     parser.add_argument("--out", type=Path, required="--list" not in (arguments or sys.argv), help="folder")
     parser.add_argument("--draw-only", action="store_true", help="draw what the folder holds, finished or not")
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="draw tokens per second or CPU second")
     parser.add_argument("--list", action="store_true", help="print the settings of the grid")
     return parser.parse_args(arguments)
 
@@ -83,7 +85,7 @@ def main(arguments: list[str] | None = None) -> None:
         if not options.draw_only:
             given = sys.argv[1:] if arguments is None else arguments
             measure(options, shlex.join(["python", "benchmarks/pareto.py", *given]))
-        draw.all_of(options.out)
+        draw.all_of(options.out, options.clock)
     except (raw.RunError, ValueError) as e:
         raise SystemExit(f"error: {e}") from None
 

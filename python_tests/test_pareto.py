@@ -23,7 +23,7 @@ pytest.importorskip("tqdm")
 import numpy as np  # noqa: E402
 import pareto  # noqa: E402
 from evaluation import statistics  # noqa: E402
-from sweep import grid, numbers, page, raw, run, settings, tasks  # noqa: E402
+from sweep import grid, numbers, page, raw, run, settings, table, tasks  # noqa: E402
 
 from dllm_ext import D2Cache, DLLMCache, Engine, GenerationConfig  # noqa: E402
 
@@ -229,8 +229,8 @@ def test_drawing(tmp_path):
     content = json.loads(re.search(r"^const DATA = (.*);$", text, re.MULTILINE)[1])
     assert [line["name"] for line in content["lines"]] == ["dual/32/t=0.5", "dual/32/t=0.9", "d2/32/t=0.9", SETTINGS[0]]
 
-    short, full = (tmp_path / "table.md").read_text().split("\nAll settings:\n\n")
-    assert full.count("\n") == 2 + 4 and short.count("\n") == 2 + 3
+    [_, short, full] = (tmp_path / "table.md").read_text().split(":\n\n")
+    assert full.count("\n") == 2 + 4 and short.count("\n|") == 2 + 3 - 1
     assert "| `none/32/k=1` LLaDA, semi-autoregressive | 83.3 ± 16.7 % | +0.0 ± 0.0 | 8 ± 0 | 8 ± 0 |" in short
     assert "| **`dual/32/t=0.9`** Fast-dLLM, dual cache | 83.3 ± 16.7 % |" in full
 
@@ -287,6 +287,15 @@ def test_the_page_in_a_browser(tmp_path):
         shown.evaluate("(x => { x.value = '0.98'; x.onchange(); })(document.querySelector('#from'))")
         assert names(".point") == []
         assert not shown.errors and all(url.startswith(("file:", "about:")) for url in shown.requests)
+
+
+def test_the_documents_table_is_that_of_the_raw_data():
+    folder = ROOT / "docs" / "pareto"
+    data = numbers.load(folder)
+    lines = numbers.lines(data, clock="cpu")
+    assert data.plan.problems == lines[0].problems >= 2000 and len(lines) >= 40
+    assert table.document(lines) == (folder / "table.md").read_text()
+    assert table.short(lines) in (ROOT / "docs" / "pareto.md").read_text()
 
 
 # --- Running -------------------------------------------------------------------------------------

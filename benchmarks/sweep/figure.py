@@ -1,5 +1,6 @@
 """The figure: accuracy against tokens/s with error bars and the frontier, all settings and the fast end by itself."""
 
+import itertools
 from pathlib import Path
 
 import matplotlib
@@ -26,28 +27,25 @@ def draw(lines: list[Line], data: Data, file: Path) -> None:
     _panel(whole, lines)
     whole.set_xscale("log")
     whole.set_title("all settings; labelled: defaults of papers and programs, slow frontier", loc="left", fontsize=10)
-    _speeds(whole, [line.tokens_per_second for line in lines])
+    _speeds(whole, [line.speed for line in lines])
 
     best = [line for line in lines if line.frontier]
-    left = max(line.tokens_per_second for line in lines) * FAST
-    end = [line for line in lines if line.tokens_per_second >= left]
+    left = max(line.speed for line in lines) * FAST
+    end = [line for line in lines if line.speed >= left]
     _panel(fast, end)
     fast.set_title("the fast end; labelled: frontier and defaults", loc="left", fontsize=10)
 
     for axes, shown in ((whole, lines), (fast, end)):
         _accuracies(axes, shown)
-        ordered = sorted(best, key=lambda line: line.tokens_per_second)
-        x, y = [line.tokens_per_second for line in ordered], [_shown(line.accuracy) for line in ordered]
-        axes.plot([0.0 if axes is fast else min(line.tokens_per_second for line in lines) * 0.5, *_corners(x)[:-1]],
-                  np.repeat(y, 2), color=INK, lw=1, ls=(0, (4, 2)), zorder=1)  # fmt: skip
-    fast.set_xlim(left * 0.98, max(line.tokens_per_second for line in lines) * 1.06)
+        axes.plot(*_staircase(best), color=INK, lw=1, ls=(0, (4, 2)), zorder=1)
+    fast.set_xlim(left * 0.98, max(line.speed for line in lines) * 1.06)
     _legend(whole, lines)
     figure.suptitle(_title(data, lines), fontsize=11, x=0.01, ha="left")
     figure.canvas.draw()
     figure.set_layout_engine("none")  # labels are placed by pixels: nothing may move any more
     slow = [line for line in lines if line.published or (line.frontier and line not in end)]
-    _label(whole, slow, lines, lambda line: line.published or short(line))
-    _label(fast, [line for line in end if line.frontier or line.published], end, _fast_label)
+    _label(whole, slow, lines, lines, lambda line: line.published or short(line))
+    _label(fast, [line for line in end if line.frontier or line.published], end, lines, _fast_label)
     figure.savefig(file, dpi=130, facecolor="white", metadata={"Software": None})
     plt.close(figure)
 
@@ -58,9 +56,9 @@ def _panel(axes, lines: list[Line]) -> None:
         y = _shown(line.accuracy)
         marked = line.frontier or line.published
         _, _, bars = axes.errorbar(
-            line.tokens_per_second,
+            line.speed,
             y,
-            xerr=line.tokens_per_second_error,
+            xerr=line.speed_error,
             yerr=[[y - low], [high - y]],
             color=COLOURS[line.cache],
             marker=MARKERS[line.decoder][0],
@@ -73,7 +71,8 @@ def _panel(axes, lines: list[Line]) -> None:
         )
         for bar in bars:
             bar.set_alpha(0.6 if marked else 0.3)
-    axes.set_xlabel("tokens per second, one prompt at a time")
+    second = "CPU second" if lines[0].clock == "cpu" else "second"
+    axes.set_xlabel(f"tokens per {second}, one prompt at a time")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(False)
 
@@ -85,7 +84,7 @@ def _shown(accuracy: float) -> float:
 
 def _accuracies(axes, lines: list[Line]) -> None:
     bottom = min(_shown(line.accuracy - line.accuracy_error) for line in lines) - 0.05
-    top = max(_shown(line.accuracy + line.accuracy_error) for line in lines) + 0.32
+    top = max(_shown(line.accuracy + line.accuracy_error) for line in lines) + 0.2
     axes.set_ylim(bottom, top)
     ticks = [t for t in TICKS if bottom <= _shown(t) <= top]
     axes.yaxis.set_major_locator(FixedLocator([_shown(t) for t in ticks]))
@@ -101,9 +100,11 @@ def _speeds(axes, values: list[float]) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-def _corners(x: list[float]) -> list[float]:
-    """The staircase's x: a point's accuracy is to be had at its speed and at every lower one."""
-    return [value for value in x for _ in range(2)]
+def _staircase(best: list[Line]) -> tuple[list[float], list[float]]:
+    """The frontier: a point's accuracy is to be had at its speed and at every lower one."""
+    ordered = sorted(best, key=lambda line: line.speed)
+    x = [ordered[0].speed / 100, *(line.speed for line in ordered for _ in range(2))]
+    return x[:-1], [_shown(line.accuracy) for line in ordered for _ in range(2)]
 
 
 def _legend(axes, lines: list[Line]) -> None:
@@ -142,12 +143,20 @@ def _fast_label(line: Line) -> str:
     return f"{line.published}\n{short(line)}" if line.published else short(line)
 
 
-def _label(axes, wanted: list[Line], shown: list[Line], text) -> None:
+def _label(axes, wanted: list[Line], shown: list[Line], lines: list[Line], text) -> None:
     """Write labels where they cover neither a point nor each other: the nearest free place around their point."""
     renderer = axes.figure.canvas.get_renderer()
     frame = axes.get_window_extent(renderer)
-    places = {line.name: axes.transData.transform((line.tokens_per_second, _shown(line.accuracy))) for line in shown}
-    taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in places.values()]
+    places = {line.name: axes.transData.transform((line.speed, _shown(line.accuracy))) for line in shown}
+    taken = [(x - 8, y - 8, x + 8, y + 8) for x, y in places.values()]
+    for line in shown:  # bars across; those up and down are thin, and too many to be avoided
+        ends = [(line.speed + sign * line.speed_error, _shown(line.accuracy)) for sign in (-1, 1)]
+        (left, y), (right, _) = axes.transData.transform(ends)
+        taken.append((left, y - 1, right, y + 1))
+    corners = axes.transData.transform(np.transpose(_staircase([line for line in lines if line.frontier])))
+    for start, end in itertools.pairwise(corners):
+        steps = np.linspace(start, end, 2 + int(np.abs(end - start).max() / 5))
+        taken += [(x - 2, y - 2, x + 2, y + 2) for x, y in steps if frame.contains(x, y)]
     if axes.get_legend():
         taken.append(axes.get_legend().get_window_extent(renderer).extents)
     scale = axes.figure.dpi / 72
@@ -161,7 +170,7 @@ def _label(axes, wanted: list[Line], shown: list[Line], text) -> None:
         taken.append((*(spot - half), *(spot + half)))
         axes.annotate(
             text(line),
-            xy=(line.tokens_per_second, _shown(line.accuracy)),
+            xy=(line.speed, _shown(line.accuracy)),
             xytext=(spot - at) / scale,
             textcoords="offset points",
             fontsize=7.5,
@@ -178,10 +187,10 @@ def _label(axes, wanted: list[Line], shown: list[Line], text) -> None:
 def _free(at, half, taken: list, frame) -> np.ndarray:
     """The centre nearest to `at` for a box of this half size that covers nothing, or where none is, little."""
     choices = []
-    for radius in range(10, 420, 8):
+    for radius in range(12, 420, 6):
         for angle in np.linspace(0, 2 * np.pi, 32, endpoint=False) + np.pi / 2:
             direction = np.array([np.cos(angle), np.sin(angle)])
-            spot = at + direction * radius + direction * half * 0.9
+            spot = at + direction * radius + direction * half
             low, high = spot - half, spot + half
             if low[0] < frame.x0 + 3 or high[0] > frame.x1 or low[1] < frame.y0 + 3 or high[1] > frame.y1:
                 continue

@@ -12,18 +12,21 @@ tokens_per_second_error
 sample_tokens_per_second
                     the mean of every problem's own tokens/s, as d2Cache's harness has it
 cpu_tokens_per_second
-                    tokens over the seconds that the process really computed: without the times it waited for a core
+                    tokens over the seconds that the process really computed: without the times it waited for a core.
+                    With one thread on a machine that does nothing else it is tokens_per_second; on a shared machine
+                    waiting is no property of a setting, yet hits some more than others. Of several threads the
+                    seconds add up, and on a GPU it means nothing
 nfe, tokens_per_forward, rows_per_token, logit_rows_per_token
                     what it costs without a clock, the same on every machine: model evaluations per problem, tokens
                     per evaluation, rows through a layer (mean over layers) and through the LM head per token
 p50, p95            latency: wall seconds of one call
-frontier            no other setting has at least its accuracy and its tokens/s, and more of one
-frontier_share      share of the draws in which it is on the frontier. A round is a group of problems with the times
-                    they took, so one draw resamples both
-cpu_frontier_share  the same, with CPU seconds for wall seconds: on a shared machine waiting for a core is no property
-                    of a setting, but hits some settings more than others. Means nothing on a GPU
+frontier            no other setting has at least its accuracy and its tokens/s, and more of one; tokens/s by the clock
+                    that is asked for, wall or cpu
+frontier_share, cpu_frontier_share
+                    share of the draws in which it is on the frontier, by wall and by CPU seconds. A round is a group
+                    of problems with the times they took, so one draw resamples both
 beaten_by, beaten_share
-                    the setting that dominates it in most draws, and in what share of them
+                    the setting that dominates it in most draws, by the clock that is asked for, and in what share
 """
 
 from dataclasses import dataclass
@@ -35,6 +38,7 @@ from evaluation.statistics import dominators, frontier, mean_and_error, paired_d
 from . import grid, raw
 
 COLUMNS = ("score", "tokens", "nfe", "rows", "logit_rows", "seconds", "cpu_seconds")
+CLOCKS = {"wall": "seconds", "cpu": "cpu_seconds"}
 DRAWS = 2000
 
 
@@ -54,6 +58,7 @@ class Line:
     """One setting; the fields are explained above."""
 
     name: str
+    clock: str
     cache: str
     decoder: str
     published: str | None
@@ -79,6 +84,15 @@ class Line:
     beaten_by: str | None
     beaten_share: float
 
+    @property
+    def speed(self) -> float:
+        """Tokens/s by the clock that is asked for."""
+        return self.cpu_tokens_per_second if self.clock == "cpu" else self.tokens_per_second
+
+    @property
+    def speed_error(self) -> float:
+        return self.cpu_tokens_per_second_error if self.clock == "cpu" else self.tokens_per_second_error
+
 
 def load(folder: Path) -> Data:
     """The data in a folder. RunError if there are none, or no round is complete."""
@@ -99,28 +113,30 @@ def load(folder: Path) -> Data:
     return Data(plan, header["machine"], header["command"], columns, rounds)
 
 
-def lines(data: Data, draws: int = DRAWS, seed: int = 0) -> list[Line]:
+def lines(data: Data, clock: str = "wall", draws: int = DRAWS, seed: int = 0) -> list[Line]:
     """All settings, fastest first."""
     names = data.plan.settings
-    score, tokens, seconds = (data.columns[name] for name in ("score", "tokens", "seconds"))
-    speed = tokens.sum(axis=1) / seconds.sum(axis=1)
-    accuracies, speeds = _resampled(data, "seconds", draws, seed)
-    error, share = _noise(speeds), frontier(-speeds, accuracies).mean(axis=0)
-    beats = np.stack([dominators(-speeds, accuracies, i).mean(axis=0) for i in range(len(names))])
-    _, cpu_speeds = _resampled(data, "cpu_seconds", draws, seed)
-    cpu_error, cpu_share = _noise(cpu_speeds), frontier(-cpu_speeds, accuracies).mean(axis=0)
-    on = frontier(-speed, score.mean(axis=1))
+    score, tokens = data.columns["score"], data.columns["tokens"]
+    speed, error, share = {}, {}, {}
+    for name, seconds in CLOCKS.items():
+        speed[name] = tokens.sum(axis=1) / data.columns[seconds].sum(axis=1)
+        accuracies, speeds = _resampled(data, seconds, draws, seed)
+        error[name] = _noise(speeds) * speed[name]
+        share[name] = frontier(-speeds, accuracies).mean(axis=0)
+        if name == clock:
+            on = frontier(-speed[name], score.mean(axis=1))
+            beats = np.stack([dominators(-speeds, accuracies, i).mean(axis=0) for i in range(len(names))])
     baseline = names.index(grid.BASELINE) if grid.BASELINE in names else 0
     found = []
     for i, name in enumerate(names):
         of = {key: column[i] for key, column in data.columns.items()}
         accuracy, accuracy_error = mean_and_error(of["score"].tolist())
         difference, difference_error = paired_difference(of["score"].tolist(), score[baseline].tolist())
-        cpu_speed = float(of["tokens"].sum() / of["cpu_seconds"].sum())
         total = max(1.0, of["tokens"].sum())
         found.append(
             Line(
                 name=name,
+                clock=clock,
                 cache=grid.split(name)[0],
                 decoder=grid.kind(grid.split(name)[3]),
                 published=grid.PUBLISHED.get(name),
@@ -129,11 +145,11 @@ def lines(data: Data, draws: int = DRAWS, seed: int = 0) -> list[Line]:
                 accuracy_error=accuracy_error,
                 difference=difference,
                 difference_error=difference_error,
-                tokens_per_second=float(speed[i]),
-                tokens_per_second_error=float(error[i] * speed[i]),
+                tokens_per_second=float(speed["wall"][i]),
+                tokens_per_second_error=float(error["wall"][i]),
                 sample_tokens_per_second=float((of["tokens"] / of["seconds"]).mean()),
-                cpu_tokens_per_second=cpu_speed,
-                cpu_tokens_per_second_error=float(cpu_error[i] * cpu_speed),
+                cpu_tokens_per_second=float(speed["cpu"][i]),
+                cpu_tokens_per_second_error=float(error["cpu"][i]),
                 nfe=float(of["nfe"].mean()),
                 tokens_per_forward=float(of["tokens"].sum() / of["nfe"].sum()),
                 rows_per_token=float(of["rows"].sum() / total),
@@ -141,13 +157,13 @@ def lines(data: Data, draws: int = DRAWS, seed: int = 0) -> list[Line]:
                 p50=percentile(of["seconds"], 50),
                 p95=percentile(of["seconds"], 95),
                 frontier=bool(on[i]),
-                frontier_share=float(share[i]),
-                cpu_frontier_share=float(cpu_share[i]),
+                frontier_share=float(share["wall"][i]),
+                cpu_frontier_share=float(share["cpu"][i]),
                 beaten_by=names[beats[i].argmax()] if beats[i].any() else None,
                 beaten_share=float(beats[i].max()),
             )
         )
-    return sorted(found, key=lambda line: -line.tokens_per_second)
+    return sorted(found, key=lambda line: -line.speed)
 
 
 def _resampled(data: Data, clock: str, draws: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -16,6 +16,7 @@ def draw(lines: list[Line], data: Data, file: Path) -> None:
     plan = data.plan
     content = {
         "lines": [{k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in asdict(x).items()} for x in lines],
+        "clock": lines[0].clock,
         "colours": COLOURS,
         "shapes": {decoder: shape for decoder, (_, shape) in MARKERS.items()},
     }

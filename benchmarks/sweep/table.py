@@ -3,8 +3,8 @@
 from .numbers import Line
 
 HEAD = (
-    "| setting | accuracy | against no cache, k=1 | tokens/s | per CPU second | NFE | tokens per forward "
-    "| rows per token | p50, p95 (ms) | on the frontier in | by CPU time | beaten by one setting in |"
+    "| setting | accuracy | against no cache, k=1 | tokens/s | tokens per CPU second | NFE | tokens per forward "
+    "| rows per token | p50, p95 (ms) | on the frontier in | by CPU seconds | beaten by one setting in |"
 )
 
 
@@ -30,6 +30,15 @@ def markdown(lines: list[Line]) -> str:
         )
         rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows) + "\n"
+
+
+def document(lines: list[Line]) -> str:
+    """Both tables."""
+    second = "CPU second" if lines[0].clock == "cpu" else "second"
+    return (
+        f"Fastest first. Bold: on the frontier of accuracy and tokens per {second}; so is the last column.\n\n"
+        f"The frontier and the defaults of papers and programs:\n\n{short(lines)}\nAll settings:\n\n{markdown(lines)}"
+    )
 
 
 def short(lines: list[Line]) -> str:
