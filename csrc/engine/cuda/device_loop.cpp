@@ -5,7 +5,6 @@
 #include <string>
 
 #include "runtime/error.h"
-#include "runtime/nvtx.h"
 
 namespace dllm {
 
@@ -146,6 +145,7 @@ void DeviceLoop::prepare(const std::vector<std::vector<int32_t>>& prompts, const
 
 void DeviceLoop::admit(size_t index, std::unique_ptr<Sequence> sequence) {
   Slot& slot = slots_[index];
+  slot.block.begin("block");
   const Canvas& canvas = sequence->canvas();
   const int32_t length = canvas.length();
   // For the longest at once: a step under way may still read what the slot's last sequence had.
@@ -436,7 +436,10 @@ void DeviceLoop::complete(const GenerateOptions& options, std::vector<Result>& r
     const StepEvent& event =
         slot.sequence->apply(committed, r.rows, computed, is_full(slot, r), counters_of(slot, r, seconds));
     if (options.on_step && !options.on_step(event)) fail<Interrupted>("on_step asked to stop the generation");
-    if (slot.sequence->advance()) continue;
+    const bool more = slot.sequence->advance();
+    if (more && slot.sequence->block() != r.block) slot.block.begin("block");
+    if (more) continue;
+    slot.block.end();
     results[size_t(slot.sequence->index())] = slot.sequence->take_result();
     if (!flights_.empty()) flights_.back().retired.push_back(std::move(slot.sequence));
     slot.sequence = nullptr;

@@ -17,6 +17,7 @@
 #include "engine/loop.h"
 #include "engine/sequence.h"
 #include "model/cuda/cuda_model.h"
+#include "runtime/nvtx.h"
 
 namespace dllm {
 
@@ -36,6 +37,7 @@ class DeviceLoop final : public Loop {
     DeviceBuffer memory;
     int32_t rows = 0;  // of its last step
     int32_t blocks = 0, first_editable = 0;
+    NvtxSpan block;
   };
   // Where a sequence will be, as far as the host knows.
   struct Place {
