@@ -95,6 +95,43 @@ def test_what_is_given_goes_before_what_a_task_asks():
     assert dual["cache"] == "dual"
 
 
+@pytest.mark.parametrize(
+    ("generation", "fields"),
+    [
+        ("ar", {"autoregressive": True}),
+        ("eb_sampler", {"gamma": 0.001}),
+        ("klass", {"kl_threshold": 0.01, "kl_history_length": 2}),
+        ("pc_sampler", {"token_frequencies": "f.json", "clip_alpha": 10}),
+        ("vanilla", {}),
+    ],
+)
+def test_decoders_by_name(generation, fields):
+    more = ["generation.token_frequencies=f.json"] if generation == "pc_sampler" else []
+    found = settings.resolve(composed("dataset.name=gsm8k", f"generation={generation}", *more)).fields
+    assert found == expected_fields("gsm8k", "llada-inst", "none") | fields
+
+
+def test_every_setting_of_a_decoder_arrives():
+    """Under the name that the engine has for it. A setting that is new in vanilla.yaml is missed here."""
+    values = {
+        "gen_length": 40,
+        "block_length": 20,
+        "num_transfer_tokens": 3,
+        "threshold": 0.5,
+        "factor": 1.5,
+        "gamma": 0.2,
+    }
+    values |= {"kl_threshold": 0.3, "kl_history_length": 4, "steps": 8, "schedule": "dream", "temperature": 0.7}
+    values |= {"top_p": 0.6, "top_k": 9, "alg_temp": 0.1, "sigma": 2.0, "autoregressive": True, "cfg_scale": 1.0}
+    values |= {"token_frequencies": "f.json", "clip_alpha": 5.0, "position_decay": 0.25, "reference_quirks": True}
+    other = {"alg": ("topk_margin", "remasking"), "stop_until_eos": (True, "stop_at_eos")}
+    given = values | {name: value for name, (value, _) in other.items()}
+    assert set(composed().generation) == {"name", *given}
+    fields = settings.resolve(composed("dataset.name=gsm8k", *(f"generation.{n}={v}" for n, v in given.items()))).fields
+    expected = values | {field: value for value, field in other.values()} | {"seed": 42, "cache": "none"}
+    assert fields == expected
+
+
 # --- The command line -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -380,13 +417,23 @@ def test_examples_in_the_prompt(name, shown, text, ask, paths, tmp_path):
         assert {row["prompt"].count(text) for row in run.samples} == {2}
 
 
-def test_a_seed_shuffles_answers_and_picks_examples_the_same_way_again(ask, paths):
+@pytest.mark.parametrize("name", ["gpqa", "gsm8k"])
+def test_a_seed_shuffles_answers_and_picks_examples(name, ask, paths, tmp_path):
+    """The same way again, whatever commands with other seeds there were before."""
+
     def prompts(seed):
-        run = ask(lambda doc, i: "", *where(paths, "gpqa"), f"seed={seed}", f"out={paths['gpqa'].parent}/out-{seed}")
+        run = ask(lambda doc, i: "", *where(paths, name), f"seed={seed}", f"out={tmp_path}/{seed}")
         return [row["prompt"] for row in run.samples]
 
-    one = prompts(1)
-    assert prompts(1) == one != prompts(2)
+    one, two = prompts(1), prompts(2)
+    assert prompts(1) == one != two
+
+
+def test_a_system_prompt(ask, paths, tmp_path):
+    words = (*where(paths, "math-500"), "dataset.size=1", "dataset.n_shot=0")
+    without = ask(lambda doc, i: "", *words).samples[0]["prompt"]
+    run = ask(lambda doc, i: "", *words, "dataset.system_prompt=Be brief.", f"out={tmp_path}/brief")
+    assert "Be brief." in run.samples[0]["prompt"] and "Be brief." not in without
 
 
 def test_human_eval_s_own_solutions_all_pass(ask):
@@ -402,7 +449,7 @@ def test_human_eval_s_own_solutions_all_pass(ask):
     "write",
     [
         "Here you are:\n```python\n{prompt}{solution}```\nIt works.",
-        "{solution}\n\ndef other():\n    raise SystemExit\n",
+        "{solution}\n\nprint(1 / 0)\n",  # the function has ended before this
         "{solution}\n```\nThis function",
         "```python\n{prompt}{solution}```",
         "```python\n{prompt}{solution}",  # the length was not enough for the end
