@@ -100,7 +100,7 @@ def test_what_is_given_goes_before_what_a_task_asks():
     [
         ("ar", {"autoregressive": True}),
         ("eb_sampler", {"gamma": 0.001}),
-        ("klass", {"kl_threshold": 0.01, "kl_history_length": 2}),
+        ("klass", {"kl_threshold": 0.01, "kl_history_length": 2, "threshold": 0.9}),
         ("pc_sampler", {"token_frequencies": "f.json", "clip_alpha": 10}),
         ("vanilla", {}),
     ],
