@@ -75,7 +75,10 @@ def measure(options: argparse.Namespace, command: str) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     options = options_of(arguments)
-    from sweep import draw, grid, raw
+    try:
+        from sweep import draw, grid, raw
+    except ModuleNotFoundError as e:  # now, and not after the measurements
+        raise SystemExit(f"error: {e} (pip install -e '.[eval]')") from None
 
     if options.list:
         for name in grid.GRID:

@@ -18,7 +18,9 @@ ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 pytestmark = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="needs the source tree")
 sys.path.insert(0, str(BENCHMARKS))
-pytest.importorskip("tqdm")
+for package in ("matplotlib", "tqdm"):
+    if os.environ.get("DLLM_REQUIRE_EVAL") != "1":
+        pytest.importorskip(package, reason=f"{package} is not installed (pip install dllm_ext[eval])")
 
 import numpy as np  # noqa: E402
 import pareto  # noqa: E402
@@ -218,7 +220,6 @@ def test_rounds_that_some_setting_lacks_do_not_count(tmp_path):
 
 # --- Drawing -------------------------------------------------------------------------------------
 def test_drawing(tmp_path):
-    pytest.importorskip("matplotlib")
     write(tmp_path)
     pareto.main(["--draw-only", "--out", str(tmp_path)])
     assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
@@ -318,7 +319,6 @@ def results(file):
 
 
 def test_a_killed_run_goes_on_with_the_same_results(tmp_path, one_thread):
-    pytest.importorskip("matplotlib")
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     command = ["-n", "6", "--per-round", "1", "--threads", "1", "--settings", "none/32/k=1", "dual/32/t=0.9"]
     command += ["d2:inflate_w=0/G/t=0.9", "--out"]
@@ -419,7 +419,6 @@ def test_raw_data_say_the_same_packed_or_not(tmp_path):
 
 def test_bundled_model_by_its_folder(tmp_path):
     """--model PATH, another dtype and quantised weights, through to the table."""
-    pytest.importorskip("matplotlib")
     folder = ROOT / "dllm_ext" / "models" / "mini-llada"
     options = ["--model", str(folder), "--quantization", "int8", "--dtype", "float32", "-n", "2", "--settings"]
     pareto.main([*options, "dual/32/t=0.9", "--out", str(tmp_path)])
