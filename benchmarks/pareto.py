@@ -3,7 +3,7 @@
     python benchmarks/pareto.py -n 2000 --out docs/pareto       # the grid of sweep/grid.py; goes on where it was killed
     python benchmarks/pareto.py --draw-only --out docs/pareto   # figure, page and table again, from the raw data
     python benchmarks/pareto.py --draw-only --clock cpu --out docs/pareto   # without the times it waited for a core
-    python benchmarks/pareto.py --settings published 'dual/*' dual/24/t=0.85 -n 200 --out /tmp/some
+    python benchmarks/pareto.py --settings published 'dual/*' dual/24/t=0.85 -n 200 --out some
     python benchmarks/pareto.py --model GSAI-ML/LLaDA-8B-Instruct --dtype bfloat16 --task gsm8k --out llada
     python benchmarks/pareto.py --list                          # the settings of the grid
 

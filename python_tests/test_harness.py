@@ -290,9 +290,9 @@ def test_cache_settings_by_the_names_of_the_command_line(folder):
 
 def test_the_harness_s_own_command(tmp_path):
     """`dllm lm-eval run --model dllm_ext`, on a task file of two questions; a choice and a generation."""
-    (tmp_path / "data.jsonl").write_text(
-        "\n".join(json.dumps({"q": q, "a": 0}) for q in ("Tom has 3 apples. He buys 4 more.", "Ana has 2 pens."))
-    )
+    questions = ("Tom has 3 apples. He buys 4 more. How many apples does Tom have now?", "Ana has 2 pens.")
+    expected = "So "  # "So he buys 4: ..." up to the stop string
+    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps({"q": q}) for q in questions))
     common = f"""
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {tmp_path}/data.jsonl}}}}
@@ -304,7 +304,8 @@ doc_to_text: "{{{{q}}}}"
         "metric_list: [{metric: acc}]\n" + common
     )
     (tmp_path / "text.yaml").write_text(
-        "task: two_texts\noutput_type: generate_until\ndoc_to_target: 'So'\ngeneration_kwargs: {until: ['he']}\n"
+        "task: two_texts\noutput_type: generate_until\ndoc_to_target: '" + expected + "'\n"
+        "generation_kwargs: {until: ['he']}\n"
         "metric_list: [{metric: exact_match}]\n" + common
     )
     command = [sys.executable, "-m", "dllm_ext", "lm-eval", "run", "--model", "dllm_ext"]
@@ -315,5 +316,13 @@ doc_to_text: "{{{{q}}}}"
     assert done.returncode == 0, done.stderr[-2000:]
     [file] = (tmp_path / "out").rglob("results*.json")
     found = json.loads(file.read_text())["results"]
-    assert found["two_choices"]["acc,none"] in (0.0, 0.5, 1.0)
-    assert "exact_match,none" in found["two_texts"]
+    model = HarnessModel("mini-llada", gen_length=16, block_length=16, threshold=0.9, mc_num=4)
+    prompts = [model.apply_chat_template([{"role": "user", "content": q}]) for q in questions]
+    firsts = 0
+    for prompt in prompts:
+        pairs = [request("loglikelihood", prompt, choice) for choice in (" 7", " Tom")]
+        (seven, _), (tom, _) = model.loglikelihood(pairs, True)
+        firsts += seven > tom
+    texts = model.generate_until(generate(*prompts, until=["he"]), True)
+    assert found["two_choices"]["acc,none"] == firsts / 2
+    assert found["two_texts"]["exact_match,none"] == texts.count(expected) / 2 > 0

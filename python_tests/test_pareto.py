@@ -380,7 +380,7 @@ def test_rounds_and_orders():
 
 
 def test_stop_strings():
-    assert run.until("a\n\nQ: b", ["Q:", "\n\n"]) == "a" and run.until("abc", []) == run.until("abc", ["x"]) == "abc"
+    assert run.cut("a\n\nQ: b", ["Q:", "\n\n"]) == "a" and run.cut("abc", []) == run.cut("abc", ["x"]) == "abc"
 
 
 def test_mini_gsm_is_scored_as_by_its_own_program():

@@ -174,7 +174,8 @@ def test_files_outside_cannot_be_changed(each_layer, tmp_path):
     victim = tmp_path / "victim"
     victim.write_text("as before")
     checkout, home = ROOT / "python_tests" / "sandbox-was-here", Path.home() / "sandbox-was-here"
-    places = [str(p) for p in (tmp_path / "new", home, checkout, "/tmp/sandbox-was-here", "/dev/shm/sandbox-was-here")]
+    shared = Path(tempfile.gettempdir()) / "sandbox-was-here"  # as /dev/shm: where everybody may write
+    places = [str(p) for p in (tmp_path / "new", home, checkout, shared, "/dev/shm/sandbox-was-here")]
     holds(f"""
         victim = {str(victim)!r}
         for path in {places}:

@@ -12,6 +12,7 @@ import torch
 from dllm_ext import _C
 from dllm_ext.harness import HarnessModel
 
+from .machine import cpu_name
 from .statistics import mean_and_error, percentile
 
 PACKAGES = ("dllm_ext", "torch", "lm_eval", "transformers", "datasets", "accelerate", "hydra-core", "numpy")
@@ -98,18 +99,10 @@ def machine(model: HarnessModel) -> dict:
     """Where it ran."""
     engine = model.engine
     facts = {"device": engine.device, "dtype": engine.dtype, "quantization": engine.quantization}
-    facts |= {"threads": torch.get_num_threads(), "isa": _C.info()["isa"], "cpu": _cpu_name(), "cores": os.cpu_count()}
+    facts |= {"threads": torch.get_num_threads(), "isa": _C.info()["isa"], "cpu": cpu_name(), "cores": os.cpu_count()}
     if engine.device == "cuda":
         facts["gpu"] = torch.cuda.get_device_name()
     return facts
-
-
-def _cpu_name():
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 def scores(found: dict | None) -> dict[str, dict]:

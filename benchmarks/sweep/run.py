@@ -9,16 +9,17 @@ run that was killed goes on where it was, and its results are those of one that 
 import gzip
 import json
 import os
-import platform
 import subprocess
 import time
 import zlib
 from pathlib import Path
 
 import torch
+from evaluation.machine import cpu_name
 from tqdm import tqdm
 
 from dllm_ext import _C, Engine, __version__
+from dllm_ext.tokenizer import cut
 
 from . import raw
 from .settings import Setting
@@ -26,12 +27,7 @@ from .settings import Setting
 
 def machine(engine: Engine) -> dict:
     """Where it ran."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        cpu = platform.processor() or "unknown"
-    device = torch.cuda.get_device_name() if engine.device == "cuda" else cpu
+    device = torch.cuda.get_device_name() if engine.device == "cuda" else cpu_name()
     here = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         commit = subprocess.run(here, capture_output=True, text=True).stdout.strip() or None
@@ -82,7 +78,7 @@ def turn(engine: Engine, task, examples: list, setting: Setting) -> dict:
         cpu, wall = time.process_time(), time.perf_counter()
         result = engine.generate(example.prompt, **setting.fields)
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-        score = task.score(example, until(result.text, example.until))[task.metric]
+        score = task.score(example, cut(result.text, example.until))[task.metric]
         values = (
             int(score) if score == int(score) else score,
             result.stats.tokens,
@@ -96,11 +92,6 @@ def turn(engine: Engine, task, examples: list, setting: Setting) -> dict:
             column.append(value)
         crc = zlib.crc32(repr(result.token_ids).encode(), crc)
     return columns | {"crc": crc}
-
-
-def until(text: str, stops: list[str]) -> str:
-    """The text before the first of the stop strings."""
-    return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
 
 
 def _append(f, content: dict) -> None:

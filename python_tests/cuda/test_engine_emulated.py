@@ -142,6 +142,19 @@ def test_infill_and_ragged_batches(pair_of, family, cache):
     assert [r.token_ids for r in alone] == [r.token_ids for r in together]
 
 
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_log_probs(pair_of, family):
+    """Of a new engine, after a smaller sequence, and between generations."""
+    pair = pair_of(family)
+    tokens = [(11 * i + 3) % 250 for i in range(60)]
+    for length, hidden in ((9, [3]), (60, [1, 2, 30, 59]), (12, list(range(1, 12)))):
+        cpu, cuda = (e.log_probs([tokens[:length], tokens[:5]], [hidden, [4]]) for e in (pair.cpu, pair.cuda))
+        assert [len(x) for x in cuda] == [len(hidden), 1]
+        for a, b in zip(cpu, cuda, strict=True):
+            assert b == pytest.approx(a, abs=1e-4)
+        agree(pair.generate(PROMPTS, cache="dual", **SHORT))
+
+
 @pytest.mark.parametrize(
     ("order", "copies", "queue"),
     list(itertools.product(["fifo", "lifo", "random"], ["late", "early"], ["lazy", "eager"])),
